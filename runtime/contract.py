@@ -1,0 +1,142 @@
+"""The graph contract: every name, shape and dtype that crosses between the exported graphs and the runtime.
+
+Symbols: B utterances, R rows (row 0 is the base, row i is base + adapter i), n new tokens of this call, T cached tokens,
+r LoRA rank of the stack, V vocabulary, D model width, H decoder heads, d = D / H, S encoder positions of one window,
+L decoder layers. Symbolic dimensions are strings (`batch`, `rows`, `new`, `past`, `total`, `rank`).
+
+The exporter declares its graphs from these lists and the runtime binds by them, so neither can drift from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from das_asr.runtime.manifest import Dimensions
+
+__all__ = [
+    "RULE_CODES",
+    "TARGETS",
+    "Target",
+    "TensorSpec",
+    "cache_names",
+    "cross_specs",
+    "decoder_inputs",
+    "decoder_outputs",
+    "encoder_inputs",
+    "encoder_outputs",
+    "lora_specs",
+]
+
+DType = Literal["float32", "int64", "bool"]
+
+Target = Literal["sq", "sv", "cq", "cv"]
+"""Which projection a LoRA sits on: self- or cross-attention, query or value."""
+
+TARGETS: tuple[Target, ...] = ("sq", "sv", "cq", "cv")
+
+RULE_CODES: dict[str, int] = {"base": 0, "paper": 1, "gain": 2, "deviation-max": 3, "hypothesis": 4}
+"""Value of the decoder's `rule` input. The first four share one history, `hypothesis` gives each row its own."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output: its name, dtype and shape, with symbolic dimensions as strings."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+def lora_specs(dims: Dimensions) -> Iterator[TensorSpec]:
+    """Adapter tensors of the whole stack, in the layout the graphs take them; the LoRA scale is folded into B.
+
+    `lora_{sq,sv,cq,cv}_a{l}` [R, D, r]; `lora_{sq,sv,cq}_b{l}` [R, r, D]; `lora_cv_b{l}` [R, H, r, d], split by head
+    because it is applied after the attention weights. `lora_cv_a{l}` belong to the encoder graph, the rest to the decoder.
+    """
+    for layer in range(dims.decoder_layers):
+        for target in TARGETS:
+            yield TensorSpec(f"lora_{target}_a{layer}", "float32", ("rows", dims.d_model, "rank"))
+            shape: tuple[int | str, ...] = ("rows", "rank", dims.d_model)
+            if target == "cv":
+                shape = ("rows", dims.decoder_heads, "rank", dims.head_size)
+            yield TensorSpec(f"lora_{target}_b{layer}", "float32", shape)
+
+
+def cross_specs(dims: Dimensions) -> Iterator[TensorSpec]:
+    """What the encoder hands to the decoder: keys, transposed values and the low-rank part of each row's values."""
+    heads, size, positions = dims.decoder_heads, dims.head_size, dims.audio_positions
+    for layer in range(dims.decoder_layers):
+        yield TensorSpec(f"cross_k{layer}", "float32", ("batch", heads, positions, size))
+        yield TensorSpec(f"cross_v{layer}", "float32", ("batch", heads, size, positions))
+        yield TensorSpec(f"cross_u{layer}", "float32", ("batch", "rows", positions, "rank"))
+
+
+def cache_names(dims: Dimensions) -> Iterator[tuple[str, str]]:
+    """Pairs (input `past_*`, output `present_*`) of the self-attention cache."""
+    for layer in range(dims.decoder_layers):
+        for part in ("k", "v"):
+            yield f"past_{part}{layer}", f"present_{part}{layer}"
+
+
+def _encoder_lora(spec: TensorSpec) -> bool:
+    return spec.name.startswith("lora_cv_a")
+
+
+def encoder_inputs(dims: Dimensions) -> list[TensorSpec]:
+    """`features` and the adapter tensors whose product with the encoder output every row needs once per utterance."""
+    return [
+        TensorSpec("features", "float32", ("batch", dims.mels, dims.frames)),
+        *(spec for spec in lora_specs(dims) if _encoder_lora(spec)),
+    ]
+
+
+def encoder_outputs(dims: Dimensions) -> list[TensorSpec]:
+    """The cross-attention tensors, bound straight to the decoder's inputs."""
+    return list(cross_specs(dims))
+
+
+def decoder_inputs(dims: Dimensions) -> list[TensorSpec]:
+    """Inputs of the growing-cache decoder; see `docs/architecture.md` for what each per-utterance input does.
+
+    `ids` [B, R, n]: new tokens, each row its own. `position` [B]: position of the first of them in the utterance's own
+    history (negative where a shorter prompt is padded on the left). `first_valid` [B]: first cache slot that is not
+    padding. `prompt_last` [B]: position of the last prompt token; at or before it the step is a prefill whose logits are
+    read there, and the first-step mask applies. `token_mask`, `first_token_mask` [B, V]: True where a token may be
+    written. `row_mask` [B, R]: True where a row takes part in the selection.
+    """
+    vocab = dims.vocabulary
+    cache = ("batch", "rows", dims.decoder_heads, "past", dims.head_size)
+    return [
+        TensorSpec("ids", "int64", ("batch", "rows", "new")),
+        TensorSpec("position", "int64", ("batch",)),
+        TensorSpec("first_valid", "int64", ("batch",)),
+        TensorSpec("prompt_last", "int64", ("batch",)),
+        TensorSpec("rule", "int64", ("batch",)),
+        TensorSpec("tau", "float32", ("batch",)),
+        TensorSpec("token_mask", "bool", ("batch", vocab)),
+        TensorSpec("first_token_mask", "bool", ("batch", vocab)),
+        TensorSpec("row_mask", "bool", ("batch", "rows")),
+        *(TensorSpec(past, "float32", cache) for past, _ in cache_names(dims)),
+        *cross_specs(dims),
+        *(spec for spec in lora_specs(dims) if not _encoder_lora(spec)),
+    ]
+
+
+def decoder_outputs(dims: Dimensions) -> list[TensorSpec]:
+    """Outputs of the growing-cache decoder.
+
+    `next_ids` [B, R, 1] is bound as the next step's `ids`: the selected token in every row, or with own history each
+    row's candidate. `row` [B]: the row that chose. `candidate`, `logprob` [B, R]: each row's best token and its natural
+    log-probability after suppression. `logits` [B, R, V]: before suppression; declared always, bound only when asked for.
+    """
+    cache = ("batch", "rows", dims.decoder_heads, "total", dims.head_size)
+    return [
+        TensorSpec("next_ids", "int64", ("batch", "rows", 1)),
+        TensorSpec("row", "int64", ("batch",)),
+        TensorSpec("candidate", "int64", ("batch", "rows")),
+        TensorSpec("logprob", "float32", ("batch", "rows")),
+        TensorSpec("logits", "float32", ("batch", "rows", dims.vocabulary)),
+        *(TensorSpec(present, "float32", cache) for _, present in cache_names(dims)),
+    ]
