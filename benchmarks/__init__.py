@@ -1,0 +1,1 @@
+"""Speed comparisons: random checkpoints of true shapes, PyTorch baselines, the runtime, and reports made from JSON."""

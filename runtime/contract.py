@@ -17,6 +17,7 @@ from das_asr.runtime.manifest import Dimensions
 
 __all__ = [
     "RULE_CODES",
+    "SUPPRESSED",
     "TARGETS",
     "Target",
     "TensorSpec",
@@ -38,6 +39,9 @@ TARGETS: tuple[Target, ...] = ("sq", "sv", "cq", "cv")
 
 RULE_CODES: dict[str, int] = {"base": 0, "paper": 1, "gain": 2, "deviation-max": 3, "hypothesis": 4}
 """Value of the decoder's `rule` input. The first four share one history, `hypothesis` gives each row its own."""
+
+SUPPRESSED = -1e30
+"""Logit bias of a token that must not be written: its probability is exactly 0, and 0 * SUPPRESSED is not NaN."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ def decoder_inputs(dims: Dimensions) -> list[TensorSpec]:
     `ids` [B, R, n]: new tokens, each row its own. `position` [B]: position of the first of them in the utterance's own
     history (negative where a shorter prompt is padded on the left). `first_valid` [B]: first cache slot that is not
     padding. `prompt_last` [B]: position of the last prompt token; at or before it the step is a prefill whose logits are
-    read there, and the first-step mask applies. `token_mask`, `first_token_mask` [B, V]: True where a token may be
-    written. `row_mask` [B, R]: True where a row takes part in the selection.
+    read there, and the first-step bias applies. `token_bias` [B, V] is added to every row's logits before the softmax,
+    `first_token_bias` [B, V] on top of it where the first token after the prompt is chosen: 0 or `SUPPRESSED`. `row_mask` [B, R]: True where a row takes part in the selection.
     """
     vocab = dims.vocabulary
     cache = ("batch", "rows", dims.decoder_heads, "past", dims.head_size)
@@ -115,8 +119,8 @@ def decoder_inputs(dims: Dimensions) -> list[TensorSpec]:
         TensorSpec("prompt_last", "int64", ("batch",)),
         TensorSpec("rule", "int64", ("batch",)),
         TensorSpec("tau", "float32", ("batch",)),
-        TensorSpec("token_mask", "bool", ("batch", vocab)),
-        TensorSpec("first_token_mask", "bool", ("batch", vocab)),
+        TensorSpec("token_bias", "float32", ("batch", vocab)),
+        TensorSpec("first_token_bias", "float32", ("batch", vocab)),
         TensorSpec("row_mask", "bool", ("batch", "rows")),
         *(TensorSpec(past, "float32", cache) for past, _ in cache_names(dims)),
         *cross_specs(dims),

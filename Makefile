@@ -1,0 +1,62 @@
+# Every target works on a fresh machine: the first run makes the virtual environment and installs what it needs.
+#
+#   make demo    exports the demo base with three adapters and transcribes the demo clips with them
+#   make test    every test but soak and GPU ones
+#   make check   lint, format, types, import directions
+#   make soak    the long runs
+#   make bench   real-time factor over the number of adapters, into build/rtf.json
+#   make clean   removes everything made here but the virtual environment
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := benchmarks/demo
+BUNDLE := build/demo-bundle
+ADAPTERS := music weather sports
+
+# Needed by the tests for its vocabulary files alone. Its dependencies (triton, numba) are large and unused: --no-deps.
+WHISPER := openai-whisper==20250625
+
+.DELETE_ON_ERROR:
+.PHONY: setup demo test check soak bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name it, as in: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps $(WHISPER)
+	touch $@
+
+$(BUNDLE)/manifest.json: $(STAMP) $(wildcard runtime/*.py runtime/*/*.py export/*.py $(DEMO)/*/*.safetensors $(DEMO)/*/*/*.safetensors)
+	$(BIN)/das-export onnx --base $(DEMO)/base $(foreach name,$(ADAPTERS),--adapter $(name)=$(DEMO)/adapters/$(name)) \
+		--output $(BUNDLE) --force
+
+demo: $(BUNDLE)/manifest.json
+	$(BIN)/das-transcribe --bundle $(BUNDLE) $(DEMO)/audio/*.flac
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not soak and not gpu"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest tests/test_imports.py -q
+
+soak: $(STAMP)
+	$(BIN)/pytest -m soak
+
+bench: $(STAMP)
+	mkdir -p build
+	$(BIN)/das-bench rtf --output build/rtf.json
+	$(BIN)/das-bench report build/rtf.json
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,121 @@
+"""`das-bench`: speed comparisons and the tables made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import click
+
+from das_asr.runtime.errors import DasError, OptionError
+
+__all__ = ["main"]
+
+P = ParamSpec("P")
+
+FILE = click.Path(exists=True, path_type=Path)
+OUTPUT = click.Path(dir_okay=False, path_type=Path)
+
+
+def _reported(command: Callable[P, None]) -> Callable[P, None]:
+    """Turns an error the user can mend into a message and exit status 1."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except DasError as error:
+            click.echo(f"das-bench: {error}", err=True)
+            sys.exit(1)
+
+    return run
+
+
+def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """`0,1,2` -> (0, 1, 2); `none` -> ()."""
+    if value.strip() == "none":
+        return ()
+    try:
+        return tuple(sorted({int(item) for item in value.split(",")}))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,1,3.", param=parameter) from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measures this package against PyTorch and makes tables from the results."""
+
+
+@main.command()
+@click.option("--model", "-m", default="whisper-base-random", show_default=True, help="Checkpoint, or this random one.")
+@click.option("--domains", default="0,1,2,3,10,25", show_default=True, callback=_numbers, help="K, or none.")
+@click.option("--rank", "ranks", default="32", show_default=True, callback=_numbers, help="LoRA ranks of the adapters.")
+@click.option("--tokens", default=30, show_default=True, help="New tokens, forced on every system.")
+@click.option("--threads", default=1, show_default=True, help="With 1 the process is pinned to one core.")
+@click.option("--repeats", default=10, show_default=True, help="Interleaved repeats that count.")
+@click.option("--warmup", default=2, show_default=True, help="Repeats before them that do not.")
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, each system in a process.")
+@click.option("--audio", multiple=True, type=FILE, help="File or folder to decode to its true length; repeatable.")
+@click.option("--bundle", type=FILE, help="Exported bundle of --model, for --audio.")
+@click.option("--output", "-o", required=True, type=OUTPUT, help="JSON file to write.")
+@_reported
+def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, threads: int, **options: Any) -> None:
+    """Real-time factor over the number of domains, and over real audio."""
+    from das_asr.benchmarks.machine import describe_machine, describe_run, limit_threads
+
+    if not output.parent.is_dir():
+        raise OptionError(f"--output {output}: there is no folder {output.parent}. Make it first.")
+    # Thread pools read the environment when their library loads, so this comes before the imports below.
+    limit_threads(threads)
+    from das_asr.benchmarks.free import FreeOptions, run_free
+    from das_asr.benchmarks.rtf import RtfOptions, run_rtf
+
+    chosen = RtfOptions(threads=threads, **options)
+    free = FreeOptions.of(chosen, audio, bundle)
+    result = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
+    result |= {"arguments": {**dataclasses.asdict(chosen), "audio": len(audio)}}
+    result |= run_rtf(chosen, _log)
+    result["free_running"] = run_free(free, _log) if free else None
+    _write(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    click.echo(json.dumps({"output": str(output), "runs": len(result["runs"])}))
+
+
+@main.command()
+@click.argument("results", nargs=-1, required=True, type=FILE)
+@click.option("--markdown", type=OUTPUT, help="Full report to write.")
+@click.option("--plot", type=OUTPUT, help="Picture to write: .png, .svg or .pdf.")
+@click.option(
+    "--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File to put the table in."
+)
+@_reported
+def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, readme: Path | None) -> None:
+    """Tables and a picture from results of `das-bench rtf`; with no option, the report goes to standard output."""
+    from das_asr.benchmarks.report import read_results, render_report, render_rtf_table, replace_between_markers
+
+    data = read_results(results)
+    if markdown:
+        _write(markdown, render_report(data))
+    if readme:
+        _write(readme, replace_between_markers(readme.read_text(encoding="utf-8"), render_rtf_table(data)))
+    if plot:
+        from das_asr.benchmarks.plot import plot_rtf
+
+        plot_rtf(data, plot)
+    if not (markdown or plot or readme):
+        click.echo(render_report(data), nl=False)
+
+
+def _log(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

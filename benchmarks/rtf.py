@@ -1,0 +1,195 @@
+"""Real-time factor over the number of domains: one window of audio, equally many tokens in every system.
+
+RTF is processing time over audio time, RTFx its inverse. The number of tokens is forced: without that a system that
+happens to stop early would look fast. The systems of one comparison live in one process and take turns, the order
+rotated from repeat to repeat, so that a disturbance of the machine hits all of them; ratios are medians of the ratios
+within a repeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from das_asr.benchmarks.machine import hold_threads, quiet_libraries
+from das_asr.benchmarks.memory import measure_memory
+from das_asr.benchmarks.models import (
+    BASE_RANDOM,
+    SAMPLE_RATE,
+    adapter_folders,
+    prompt_ids,
+    read_json,
+    resolve_model,
+)
+from das_asr.benchmarks.ours import export_bundle
+from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK, System, Work, open_system, system_names
+from das_asr.benchmarks.timing import Utterance, summarize
+from das_asr.runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["RtfOptions", "agreement", "interleave", "run_rtf", "window_audio"]
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RtfOptions:
+    """What `das-bench rtf` is asked to do."""
+
+    model: str = BASE_RANDOM
+    domains: tuple[int, ...] = (0, 1, 2, 3, 10, 25)
+    ranks: tuple[int, ...] = (32,)
+    tokens: int = 30
+    threads: int = 1
+    repeats: int = 10
+    warmup: int = 2
+    tau: float = 0.025
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that make no benchmark."""
+        low = {"--domains": (self.domains, 0), "--rank": (self.ranks, 1)}
+        low |= {"--repeats": ((self.repeats,), 1), "--warmup": ((self.warmup,), 0)}
+        low |= {"--tokens": ((self.tokens,), 2), "--threads": ((self.threads,), 1)}
+        for flag, (values, least) in low.items():
+            if wrong := [value for value in values if value < least]:
+                raise OptionError(f"{flag} {wrong[0]}: must be at least {least}.")
+        if self.domains and not self.ranks:
+            raise OptionError("--rank: give at least one rank.")
+
+
+def run_rtf(options: RtfOptions, log: Log) -> dict[str, Any]:
+    """Measures every number of domains and rank; `runs` holds one record per system, rank and number of domains."""
+    records: list[dict[str, Any]] = []
+    with quiet_libraries():
+        checkpoint = resolve_model(options.model)
+        _check_length(checkpoint, options.tokens)
+        for rank in options.ranks:
+            with tempfile.TemporaryDirectory(prefix="das-bench-") as scratch:
+                adapters = tuple(adapter_folders(checkpoint, rank, max(options.domains)))
+                log(f"exporting the base and {len(adapters)} adapters of rank {rank}")
+                bundle = export_bundle(checkpoint, adapters, Path(scratch) / "bundle")
+                for domains in options.domains:
+                    log(f"{domains} domains, rank {rank}")
+                    work = Work(checkpoint, adapters[:domains], options.tokens, options.tau, options.threads, bundle)
+                    records += _compare(work, rank, options, log)
+        seconds = len(window_audio(checkpoint)) / SAMPLE_RATE
+    return {"window_seconds": seconds, "runs": records}
+
+
+def window_audio(checkpoint: Path) -> NDArray[np.float32]:
+    """One full window of noise and gliding tones, always the same; float32 [samples] at 16 kHz."""
+    import numpy as np
+
+    samples = int(read_json(checkpoint / "preprocessor_config.json")["n_samples"])
+    noise = np.random.default_rng(0).standard_normal(samples)
+    time = np.arange(samples) / SAMPLE_RATE
+    glides = sum(np.sin(2 * np.pi * (pitch * time + 20 * np.sin(time))) for pitch in (140, 420, 1100, 2600))
+    return np.asarray(0.05 * noise + 0.1 * glides * np.sin(4 * time) ** 2, dtype=np.float32)
+
+
+def interleave(
+    systems: Mapping[str, System], audio: NDArray[np.float32], repeats: int, warmup: int
+) -> dict[str, list[Utterance]]:
+    """Runs every system once per repeat, each repeat starting with another one; the warm-up is thrown away."""
+    names = list(systems)
+    taken: dict[str, list[Utterance]] = {name: [] for name in names}
+    for repeat in range(warmup + repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            utterance = systems[name].transcribe(audio)
+            if repeat >= warmup:
+                taken[name].append(utterance)
+    return taken
+
+
+def agreement(taken: Mapping[str, Sequence[Utterance]], domains: int) -> dict[str, dict[str, Any]]:
+    """How many tokens of each system equal those of the first system that must write the same."""
+    references: dict[str, str] = {}
+    counted = {}
+    for name, utterances in taken.items():
+        # Without adapters there is only the base, whatever the history.
+        history = SYSTEMS[name].history if domains else "base"
+        reference = references.setdefault(history, name)
+        expected, written = taken[reference][0].tokens, utterances[0].tokens
+        equal = sum(a == b for a, b in zip(expected, written, strict=True))
+        counted[name] = {"with": reference, "equal": equal, "of": len(expected)}
+    return counted
+
+
+def _check_length(checkpoint: Path, tokens: int) -> None:
+    longest = int(read_json(checkpoint / "config.json")["max_target_positions"]) - len(prompt_ids(checkpoint))
+    if tokens > longest:
+        raise OptionError(f"--tokens {tokens}: this model writes at most {longest} after its prompt. Ask for fewer.")
+
+
+def _compare(work: Work, rank: int, options: RtfOptions, log: Log) -> list[dict[str, Any]]:
+    domains = len(work.adapters)
+    with hold_threads(options.threads), contextlib.ExitStack() as stack:
+        systems = {name: open_system(name, work) for name in system_names(domains)}
+        for system in systems.values():
+            stack.callback(system.close)
+        audio = window_audio(work.checkpoint)
+        taken = interleave(systems, audio, options.repeats, options.warmup)
+    agreements = agreement(taken, domains)
+    records = []
+    for name, utterances in taken.items():
+        record = {"system": name, "domains": domains, "rank": rank, "agreement": agreements[name]}
+        record |= _numbers(utterances, taken[YARDSTICK], len(audio) / SAMPLE_RATE)
+        record["memory_mib"] = dataclasses.asdict(measure_memory(name, work)) if options.memory else None
+        records.append(record)
+        log(_line(record))
+    return records
+
+
+def _numbers(utterances: Sequence[Utterance], yardstick: Sequence[Utterance], seconds: float) -> dict[str, Any]:
+    """Summaries of one system's repeats; times in milliseconds."""
+    totals = [utterance.total for utterance in utterances]
+    ratios = [mine.total / other.total for mine, other in zip(utterances, yardstick, strict=True)]
+    rtf = statistics.median(totals) / seconds
+    first = utterances[0]
+    return {
+        "rtf": rtf,
+        "rtfx": 1 / rtf,
+        "ratio_to_transformers": _summary(ratios, 1.0),
+        "total_ms": _summary(totals),
+        "features_ms": _summary([utterance.features for utterance in utterances]),
+        "encoder_ms": _summary([utterance.encoder for utterance in utterances]),
+        "prefill_ms": _summary([utterance.prefill for utterance in utterances]),
+        "step_ms": _summary([step for utterance in utterances for step in utterance.steps]),
+        "token_ms": _summary([_per_token(utterance) for utterance in utterances]),
+        "selection_ms": _summary([item.selection for item in utterances if item.selection is not None]),
+        "host_ms": _summary([item.host for item in utterances if item.host is not None]),
+        "tokens": list(first.tokens),
+        "rows": {str(row): count for row, count in sorted(Counter(first.rows).items())},
+        "repeatable": all(utterance.tokens == first.tokens for utterance in utterances),
+    }
+
+
+def _summary(values: Sequence[float], scale: float = 1e3) -> dict[str, float] | None:
+    summary = summarize([value * scale for value in values])
+    return dataclasses.asdict(summary) if summary else None
+
+
+def _per_token(utterance: Utterance) -> float:
+    """Seconds of decoding per token, prefill and host included."""
+    return (utterance.total - utterance.features - utterance.encoder) / len(utterance.tokens)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    counted = record["agreement"]
+    total, ratio = record["total_ms"]["median"], record["ratio_to_transformers"]["median"]
+    line = f"  {record['system']:20} {total:9.1f} ms  RTF {record['rtf']:.4f}  {ratio:5.2f} x {YARDSTICK}"
+    if counted["equal"] < counted["of"]:
+        line += f"  DIFFERS: {counted['equal']} of {counted['of']} tokens equal {counted['with']}"
+    return line

@@ -1,0 +1,75 @@
+"""What an export is asked to do, checked once before anything is read or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from das_asr.runtime.contract import RULE_CODES
+from das_asr.runtime.errors import OptionError
+
+__all__ = ["PRECISIONS", "AdapterSource", "ExportOptions"]
+
+PRECISIONS = ("fp32",)
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A PEFT checkpoint and the name that its row gets."""
+
+    name: str
+    directory: Path
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterSource:
+        """Reads `NAME=DIR`, the form of `--adapter`.
+
+        Raises:
+            OptionError: there is no `=`, or nothing on one side of it.
+        """
+        name, separator, directory = text.partition("=")
+        if not (separator and name and directory):
+            raise OptionError(f"--adapter {text!r}: expected NAME=DIR, for example --adapter music=adapters/music.")
+        return cls(name, Path(directory))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `export_bundle`.
+
+    Attributes:
+        base: folder of a Hugging Face Whisper checkpoint, or a hub id.
+        output: the bundle to write; missing folders above it are made.
+        adapters: in the order of their rows, row 1 first; none makes a bundle of the base alone.
+        revision: branch, tag or commit of a hub id.
+        precision: of the graphs' weights.
+        rule: selection rule that the runtime uses unless told otherwise.
+        tau: threshold of the rule in probability units (paper, Eq. 3).
+        sample_audio: what the parity gate decodes; without any, the clips that come with the package.
+        force: replace a bundle that is already at `output`, once the new one is complete and verified.
+    """
+
+    base: str
+    output: Path
+    adapters: tuple[AdapterSource, ...] = ()
+    revision: str | None = None
+    precision: str = "fp32"
+    rule: str = "hypothesis"
+    tau: float = 0.025
+    sample_audio: tuple[Path, ...] = ()
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        from das_asr.runtime.adapters import check_names
+
+        check_names([adapter.name for adapter in self.adapters])
+        for flag, value, allowed in (
+            ("--precision", self.precision, PRECISIONS),
+            ("--rule", self.rule, tuple(RULE_CODES)),
+        ):
+            if value not in allowed:
+                raise OptionError(f"{flag} is {value!r}, expected {' or '.join(allowed)}.")
+        if not 0 <= self.tau <= 1:
+            raise OptionError(f"--tau is {self.tau}, expected a probability between 0 and 1.")
+        if self.revision is not None and Path(self.base).is_dir():
+            raise OptionError(f"--revision {self.revision} needs a hub id, but --base {self.base} is a local folder.")

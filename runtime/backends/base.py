@@ -1,0 +1,114 @@
+"""What every backend offers: four methods, and the batch being decoded.
+
+A backend owns the compiled graphs of one bundle on one device. It is shared by threads, so it keeps no state of a
+request: that lives in what `encode` and `start` return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from das_asr.runtime.adapters import Stack
+
+__all__ = ["Backend", "Control", "DecodingBatch", "Encoded", "LoadedStack", "Step", "Traffic"]
+
+
+@dataclass(frozen=True)
+class LoadedStack:
+    """A stack of adapters on the device. Empty `tensors` mean the stack that the graphs carry themselves."""
+
+    rows: int
+    tensors: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Cross-attention tensors of B utterances on the device, by the decoder's input names."""
+
+    batch: int
+    tensors: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What stays the same for all steps of a batch; see `contract.decoder_inputs`."""
+
+    rule: NDArray[np.int64]  # [B]
+    tau: NDArray[np.float32]  # [B]
+    token_bias: NDArray[np.float32]  # [B, V]
+    first_token_bias: NDArray[np.float32]  # [B, V]
+    row_mask: NDArray[np.bool_]  # [B, R]
+    first_valid: NDArray[np.int64]  # [B]
+
+    def feeds(self) -> dict[str, NDArray[Any]]:
+        """The arrays by the decoder's input names."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one run of the decoder tells the host."""
+
+    row: NDArray[np.int64]  # [B]: the row that the graph's rule chose
+    candidate: NDArray[np.int64]  # [B, R]
+    logprob: NDArray[np.float32]  # [B, R], natural logarithm
+    logits: NDArray[np.float32] | None = None  # [B, R, V] before suppression, only when asked for
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed between host and device in one run, by tensor name. Tensors that stay where they are count 0."""
+
+    to_device: dict[str, int] = field(default_factory=dict)
+    to_host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes in both directions."""
+        return sum(self.to_device.values()) + sum(self.to_host.values())
+
+
+class DecodingBatch(Protocol):
+    """B utterances on their way through the decoder, with their caches."""
+
+    traffic: list[Traffic]
+    """One entry per run."""
+
+    def run(
+        self, position: NDArray[np.int64], prompt_last: NDArray[np.int64],
+        ids: NDArray[np.int64] | None = None, *, logits: bool = False,
+    ) -> Step:  # fmt: skip
+        """Runs the decoder once.
+
+        Args:
+            position: int64 [B], position of the first new token in each utterance's own history.
+            prompt_last: int64 [B], position whose logits are read while it is not yet behind `position`.
+            ids: int64 [B, R, n] new tokens; None feeds the graph's own choice of the run before.
+            logits: fetch the logits too, B * R * V * 4 bytes.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """The compiled graphs of one bundle on one device."""
+
+    def load_stack(self, stack: Stack | None) -> LoadedStack:
+        """Puts adapters on the device; None is the stack that the graphs carry."""
+        ...
+
+    def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
+        """Runs the encoder on features [B, mels, frames]."""
+        ...
+
+    def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> DecodingBatch:
+        """Binds everything that stays the same for all steps, with empty caches."""
+        ...
+
+    def close(self) -> None:
+        """Frees the graphs; the backend cannot be used afterwards."""
+        ...

@@ -1,0 +1,172 @@
+"""ONNX Runtime with IO binding: tensors are handed from run to run by reference, the host sees ids and scores only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from das_asr.runtime.adapters import Stack
+from das_asr.runtime.backends import BackendOptions
+from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
+from das_asr.runtime.cache import GrowingCache
+from das_asr.runtime.contract import decoder_inputs, encoder_inputs, encoder_outputs
+from das_asr.runtime.errors import BackendError
+from das_asr.runtime.manifest import Dimensions, Manifest
+
+__all__ = ["Binding", "OnnxRuntimeBackend"]
+
+_ERRORS_ONLY = 3  # a level below warns about every overridable initializer at each load
+_STEP_OUTPUTS = ("row", "candidate", "logprob")
+
+
+class Binding:
+    """One IO binding, and a count of every byte that crosses between host and device."""
+
+    def __init__(self, session: Any, device: str) -> None:
+        self._session, self._device = session, device
+        self._binding = session.io_binding()
+        self.traffic = Traffic()
+
+    def feed(self, name: str, array: NDArray[Any]) -> None:
+        """Binds a host array; its bytes cross."""
+        self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        self.traffic.to_device[name] = array.nbytes
+
+    def connect(self, name: str, value: Any) -> None:
+        """Binds a tensor that is already on the device; nothing crosses."""
+        self._binding.bind_ortvalue_input(name, value)
+
+    def run(self, device_outputs: Sequence[str], host_outputs: Sequence[str]) -> tuple[list[Any], list[NDArray[Any]]]:
+        """Runs the graph: (tensors that stay on the device, copies of those the host asked for)."""
+        self._binding.clear_binding_outputs()
+        for name in device_outputs:
+            self._binding.bind_output(name, self._device)
+        for name in host_outputs:
+            self._binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(self._binding)
+        outputs = list(self._binding.get_outputs())
+        # `numpy()` is a view into the engine's memory, which the next run may overwrite.
+        fetched = [value.numpy().copy() for value in outputs[len(device_outputs) :]]
+        self.traffic.to_host.update((name, array.nbytes) for name, array in zip(host_outputs, fetched, strict=True))
+        return outputs[: len(device_outputs)], fetched
+
+    def take_traffic(self) -> Traffic:
+        """What crossed since the last call."""
+        traffic, self.traffic = self.traffic, Traffic()
+        return traffic
+
+
+class OnnxRuntimeBackend:
+    """`encoder.onnx` and `decoder.onnx` on the CPU or, through the CUDA provider, on a GPU."""
+
+    def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
+        self._dims = manifest.dimensions
+        self._rows = manifest.rows
+        self._device, _, index = options.device.partition(":")
+        self._device_id = int(index or 0)
+        self._encoder = self._session(directory / "encoder.onnx", options)
+        self._decoder = self._session(directory / "decoder.onnx", options)
+
+    def load_stack(self, stack: Stack | None) -> LoadedStack:
+        """Puts adapters on the device; None is the stack that the graphs carry, which needs no memory of its own."""
+        if stack is None:
+            return LoadedStack(self._rows, {})
+        return LoadedStack(stack.rows, {name: self._to_device(tensor) for name, tensor in stack.tensors.items()})
+
+    def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
+        """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
+        binding = Binding(self._encoder, self._device)
+        binding.feed("features", features)
+        _connect(binding, stack.tensors, [spec.name for spec in encoder_inputs(self._dims)])
+        names = [spec.name for spec in encoder_outputs(self._dims)]
+        tensors, _ = binding.run(names, ())
+        return Encoded(features.shape[0], dict(zip(names, tensors, strict=True)))
+
+    def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> OnnxRuntimeBatch:
+        """Binds cross-attention tensors, adapters and control values once for all steps of the batch."""
+        binding = Binding(self._decoder, self._device)
+        names = [spec.name for spec in decoder_inputs(self._dims)]
+        _connect(binding, encoded.tensors, names)
+        _connect(binding, stack.tensors, names)
+        for name, array in control.feeds().items():
+            binding.connect(name, self._to_device(array))
+        shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
+        return OnnxRuntimeBatch(
+            binding, GrowingCache(self._dims, self._to_device(np.zeros(shape, np.float32))), self._dims
+        )
+
+    def close(self) -> None:
+        """Frees both graphs."""
+        del self._encoder, self._decoder
+
+    def _to_device(self, array: NDArray[Any]) -> Any:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, self._device_id)
+
+    def _session(self, path: Path, options: BackendOptions) -> Any:
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = _ERRORS_ONLY
+        if options.threads is not None:
+            settings.intra_op_num_threads = options.threads
+        settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+        provider = "CPUExecutionProvider"
+        providers: list[Any] = [provider]
+        if self._device == "cuda":
+            provider = "CUDAExecutionProvider"
+            _require_provider(provider)
+            providers = [(provider, {"device_id": self._device_id}), "CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(path, settings, providers=providers)
+        if session.get_providers()[0] != provider:  # the engine only logs when a provider fails to come up
+            raise BackendError(
+                f"{provider} did not come up on device {options.device!r}; the engine offers "
+                f"{', '.join(session.get_providers())}. Check the GPU driver and CUDA libraries, or use device='cpu'."
+            )
+        return session
+
+
+class OnnxRuntimeBatch:
+    """B utterances in the decoder; see `base.DecodingBatch`."""
+
+    def __init__(self, binding: Binding, cache: GrowingCache, dims: Dimensions) -> None:
+        self._binding, self._cache, self._dims = binding, cache, dims
+        self._next_ids: Any = None
+        self.traffic: list[Traffic] = []
+
+    def run(
+        self, position: NDArray[np.int64], prompt_last: NDArray[np.int64],
+        ids: NDArray[np.int64] | None = None, *, logits: bool = False,
+    ) -> Step:  # fmt: skip
+        """Runs the decoder once; without `ids` the graph's own choice of the run before is bound, unseen by the host."""
+        if ids is None:
+            self._binding.connect("ids", self._next_ids)
+        else:
+            self._binding.feed("ids", ids)
+        self._binding.feed("position", position)
+        self._binding.feed("prompt_last", prompt_last)
+        for name, value in self._cache.inputs():
+            self._binding.connect(name, value)
+        host_outputs = (*_STEP_OUTPUTS, "logits") if logits else _STEP_OUTPUTS
+        kept, fetched = self._binding.run((*self._cache.present_names, "next_ids"), host_outputs)
+        self._next_ids = kept.pop()
+        self._cache.advance(kept)
+        self.traffic.append(self._binding.take_traffic())
+        return Step(*fetched)
+
+
+def _connect(binding: Binding, tensors: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name in tensors:
+            binding.connect(name, tensors[name])
+
+
+def _require_provider(provider: str) -> None:
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise BackendError(
+            f"This build of ONNX Runtime has no {provider} (it has {', '.join(available)}). "
+            "Install `das-asr[gpu]` in an environment without `onnxruntime`, or use device='cpu'."
+        )

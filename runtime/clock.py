@@ -1,0 +1,39 @@
+"""Where the time of a batch goes."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from das_asr.runtime.decoding import DecodedBatch
+from das_asr.runtime.results import Timings
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """Measures the stages of one batch from its construction on; what no stage claims is host time."""
+
+    def __init__(self) -> None:
+        self._started = self._last = perf_counter()
+        self._stages = {"audio": 0.0, "features": 0.0, "encoder": 0.0, "prefill": 0.0, "steps": 0.0}
+        self._step_count = 0
+
+    def lap(self, stage: str) -> None:
+        """Books the time since the last lap."""
+        now = perf_counter()
+        self._stages[stage] += now - self._last
+        self._last = now
+
+    def decoded(self, batch: DecodedBatch) -> None:
+        """Books what the loop measured itself."""
+        self._stages["prefill"] += batch.prefill_seconds
+        self._stages["steps"] += sum(batch.step_seconds)
+        self._step_count += len(batch.step_seconds)
+
+    def stop(self, audio_duration: float) -> Timings:
+        """All timings, with the seconds of audio they were for."""
+        total = perf_counter() - self._started
+        host = total - sum(self._stages.values())
+        return Timings(
+            audio_duration=audio_duration, step_count=self._step_count, host=host, total=total, **self._stages
+        )

@@ -1,0 +1,179 @@
+"""The autoregressive loop over the K + 1 rows of a batch of utterances, and what it wrote.
+
+Shared history is ADML (DAS paper, Algorithm 1): at every step one row's token is chosen and fed to all rows. With own
+history (`hypothesis`) each row goes on with its own token in the same batch, so both cost the same per step. The graph
+chooses and feeds the next ids itself; the host only looks for the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from das_asr.runtime.backends.base import Control, DecodingBatch, Step
+from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, StepCandidates, choose_rows
+
+__all__ = ["DecodedBatch", "Plan", "Prompt", "decode"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Decoder prompt of one utterance: ids, and the index of start-of-transcript in them."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to decode a batch. `probe`, if given, sees the logits at start-of-transcript and may change the prompts."""
+
+    rule: str | SelectionRule
+    control: Control
+    end_of_text: int
+    max_tokens: int | None
+    text_positions: int
+    probe: (
+        Callable[[NDArray[np.float32]], list[Prompt] | None] | None
+    )  # logits [B, R, V] -> prompts of the same lengths
+
+    @property
+    def host_rule(self) -> SelectionRule | None:
+        """The user's own rule, if that is what chooses."""
+        return None if isinstance(self.rule, str) else self.rule
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """Everything that was written: T steps, B utterances, R rows."""
+
+    candidates: NDArray[np.int64]  # [T, B, R]
+    logprobs: NDArray[np.float32]  # [T, B, R]
+    rows: NDArray[np.int64]  # [T, B]: the row that chose; meaningless with own history
+    lengths: NDArray[np.int64]  # [B, R]: tokens before end-of-text; with shared history the same in every row
+    finished: NDArray[np.bool_]  # [B, R]: ended with end-of-text, not by the limit
+    prefill_seconds: float
+    step_seconds: tuple[float, ...]
+
+
+def decode(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> DecodedBatch:
+    """Runs the loop until every utterance has ended."""
+    started = perf_counter()
+    prompts, step = _prefill(batch, prompts, plan)
+    prefilled = perf_counter()
+    transcript = _Transcript(plan, np.array([len(prompt.ids) for prompt in prompts]))
+    step_seconds = []
+    while transcript.write(step):
+        began = perf_counter()
+        step = batch.run(
+            transcript.position(), transcript.prompt_last, transcript.next_ids(), logits=_wants_logits(plan)
+        )
+        step_seconds.append(perf_counter() - began)
+    return transcript.finish(prefilled - started, tuple(step_seconds))
+
+
+def _wants_logits(plan: Plan) -> bool:
+    return plan.host_rule is not None and plan.host_rule.needs_logits
+
+
+def _prefill(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> tuple[Sequence[Prompt], Step]:
+    """Feeds the prompts, left-padded to one length; with a probe in two runs, so that it can look in between."""
+    done = 0
+    if plan.probe is not None:
+        done = _padded(prompts, plan).start + 1
+        step = _feed(batch, prompts, plan, 0, done, logits=True)
+        assert step.logits is not None
+        prompts = plan.probe(step.logits) or prompts
+    width = len(_padded(prompts, plan).ids[0])
+    if done < width:
+        step = _feed(batch, prompts, plan, done, width, logits=_wants_logits(plan))
+    return prompts, step
+
+
+@dataclass(frozen=True)
+class _PaddedPrompts:
+    ids: NDArray[np.int64]  # [B, width]
+    pads: NDArray[np.int64]  # [B]
+    start: int  # column of start-of-transcript
+
+
+def _padded(prompts: Sequence[Prompt], plan: Plan) -> _PaddedPrompts:
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids = np.full((len(prompts), width), plan.end_of_text, np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[width - len(prompt.ids) :] = prompt.ids
+    pads = np.array([width - len(prompt.ids) for prompt in prompts])
+    columns = {int(pad) + prompt.start for pad, prompt in zip(pads, prompts, strict=True)}
+    assert len(columns) == 1, "prompts differ in length behind start-of-transcript"
+    return _PaddedPrompts(ids, pads, columns.pop())
+
+
+def _feed(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan, begin: int, end: int, *, logits: bool) -> Step:
+    """One run over the prompt columns [begin, end)."""
+    padded = _padded(prompts, plan)
+    rows = plan.control.row_mask.shape[1]
+    ids = np.repeat(padded.ids[:, None, begin:end], rows, axis=1)
+    return batch.run(begin - padded.pads, end - 1 - padded.pads, ids, logits=logits)
+
+
+class _Transcript:
+    """What a batch has written so far, and who is still writing."""
+
+    def __init__(self, plan: Plan, prompt_lengths: NDArray[np.int64]) -> None:
+        self._plan = plan
+        self._prompt_lengths = prompt_lengths  # [B]
+        self.prompt_last = prompt_lengths - 1
+        room = plan.text_positions - prompt_lengths
+        self._limits = room if plan.max_tokens is None else np.minimum(room, plan.max_tokens)
+        shape = plan.control.row_mask.shape
+        self._own = np.full(shape[0], plan.rule == HYPOTHESIS)
+        self._alive = np.ones(shape, np.bool_)
+        self._finished = np.zeros(shape, np.bool_)
+        self._lengths = np.zeros(shape, np.int64)
+        self._steps: list[Step] = []
+        self._rows: list[NDArray[np.int64]] = []
+        self._written = np.zeros(shape, np.int64)
+
+    def write(self, step: Step) -> bool:
+        """Takes the outcome of a step; False once nobody is writing any more."""
+        row = self._choose(step)
+        chosen = np.take_along_axis(step.candidate, row[:, None], axis=1)
+        self._written = np.where(self._own[:, None], step.candidate, chosen)  # [B, R]
+        self._steps.append(step)
+        self._rows.append(row)
+        ended = self._alive & (self._written == self._plan.end_of_text)
+        self._finished |= ended
+        self._alive &= ~ended
+        self._lengths += self._alive
+        self._alive &= (len(self._steps) < self._limits)[:, None]
+        return bool(self._alive.any())
+
+    def _choose(self, step: Step) -> NDArray[np.int64]:
+        rule = self._plan.host_rule
+        if rule is None:
+            return step.row
+        return choose_rows(rule, StepCandidates(len(self._steps), step.candidate, step.logprob, step.logits))
+
+    def position(self) -> NDArray[np.int64]:
+        """Position [B] of the token written last; an utterance that has ended stays within the table."""
+        return np.minimum(self._prompt_lengths + len(self._steps) - 1, self._plan.text_positions - 1)
+
+    def next_ids(self) -> NDArray[np.int64] | None:
+        """Ids [B, R, 1] to feed when the host has chosen; None leaves it to the graph's own binding."""
+        return None if self._plan.host_rule is None else self._written[:, :, None]
+
+    def finish(self, prefill_seconds: float, step_seconds: tuple[float, ...]) -> DecodedBatch:
+        """All steps as arrays."""
+        return DecodedBatch(
+            candidates=np.stack([step.candidate for step in self._steps]),
+            logprobs=np.stack([step.logprob for step in self._steps]),
+            rows=np.stack(self._rows),
+            lengths=self._lengths,
+            finished=self._finished,
+            prefill_seconds=prefill_seconds,
+            step_seconds=step_seconds,
+        )

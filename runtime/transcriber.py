@@ -1,0 +1,223 @@
+"""The public class: audio in, transcriptions out."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from das_asr.runtime.adapter_sets import AdapterSets
+from das_asr.runtime.audio import AudioInput, check_duration, is_silent, load_audio
+from das_asr.runtime.backends import BackendOptions, create_backend
+from das_asr.runtime.backends.base import Backend, LoadedStack
+from das_asr.runtime.clock import Clock
+from das_asr.runtime.decoding import DecodedBatch, Plan, Prompt, decode
+from das_asr.runtime.errors import ClosedError, OptionError
+from das_asr.runtime.features import LogMel
+from das_asr.runtime.job import Job
+from das_asr.runtime.manifest import Manifest, check_files, read_manifest
+from das_asr.runtime.options import DecodingOptions
+from das_asr.runtime.results import Transcription
+from das_asr.runtime.tokenizer import Tokenizer
+from das_asr.runtime.transcript import Transcript
+
+__all__ = ["Transcriber"]
+
+Samples = NDArray[np.float32]
+
+
+class Transcriber:
+    """A loaded bundle. One instance serves any number of threads.
+
+        with Transcriber.load("bundle") as transcriber:
+            result = transcriber.transcribe("request.wav")
+            print(result.text, result.adapter)
+
+    Make one with `load`.
+    """
+
+    def __init__(self, manifest: Manifest, directory: Path, backend: Backend) -> None:
+        self.manifest = manifest
+        self._backend = backend
+        self._adapters = AdapterSets(backend, manifest, directory)
+        self._tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.tokens)
+        self._features = LogMel(manifest.audio, manifest.dimensions.mels)
+        self._idle = threading.Condition()
+        self._running = 0
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        backend: str = "onnxruntime",
+        spinning: bool = False,
+        verify_files: bool = True,
+    ) -> Transcriber:
+        """Loads a bundle that `das-export` wrote.
+
+        Args:
+            bundle: its folder.
+            device: `cpu`, `cuda` or `cuda:N`.
+            threads: threads of one run of a graph; None is all cores.
+            backend: engine that runs the graphs.
+            spinning: see `BackendOptions`.
+            verify_files: compare every file with its hash first.
+
+        Raises:
+            BundleError: the bundle is incomplete, damaged or of another schema version.
+            BackendError: the engine or the device cannot be had.
+            OptionError: an argument is out of range.
+        """
+        directory = Path(bundle)
+        options = BackendOptions(device, threads, spinning)
+        manifest = read_manifest(directory)
+        if verify_files:
+            check_files(manifest, directory)
+        return cls(manifest, directory, create_backend(backend, directory, manifest, options))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that decode along with the base, in row order."""
+        return self._adapters.names
+
+    def transcribe(
+        self,
+        audio: AudioInput,
+        options: DecodingOptions | None = None,
+        *,
+        sample_rate: int | None = None,
+        **choices: Any,
+    ) -> Transcription:
+        """Transcribes one utterance.
+
+        Args:
+            audio: a path, a binary file object, the bytes of an audio file, or an array of samples.
+            options: how to decode; or give its fields as keyword arguments.
+            sample_rate: rate of an array of samples in Hz.
+            **choices: fields of `DecodingOptions`.
+
+        Raises:
+            AudioError: the audio cannot be read, or is too short or too long.
+            OptionError: options contradict each other or the model.
+            ClosedError: after `close`.
+        """
+        return self.transcribe_batch([audio], options, sample_rate=sample_rate, **choices)[0]
+
+    def transcribe_batch(
+        self,
+        audios: Sequence[AudioInput],
+        options: DecodingOptions | None = None,
+        *,
+        sample_rate: int | None = None,
+        **choices: Any,
+    ) -> list[Transcription]:
+        """Transcribes utterances of any lengths together; arguments and errors as for `transcribe`."""
+        chosen = _options(options, choices)
+        with self._in_use():
+            clock = Clock()
+            rate = self.manifest.audio.sample_rate
+            samples = [load_audio(audio, sample_rate, target_rate=rate) for audio in audios]
+            for utterance in samples:
+                check_duration(utterance, self.manifest.audio)
+            return self._run(samples, chosen, clock)
+
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Adds a PEFT LoRA checkpoint as a further row; requests that are running keep the rows they started with.
+
+        Raises:
+            AdapterError: the checkpoint is broken, unsupported or for another base.
+            OptionError: the name cannot be used, or is taken.
+        """
+        with self._in_use():
+            self._adapters.add(name, directory)
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter out; requests that are running keep it.
+
+        Raises:
+            OptionError: there is no adapter of that name.
+        """
+        with self._in_use():
+            self._adapters.remove(name)
+
+    def close(self) -> None:
+        """Waits for running requests, then frees the graphs. Calling it again does nothing."""
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: self._running == 0)
+        self._backend.close()
+        del self._adapters
+
+    def __enter__(self) -> Transcriber:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._idle:
+            if self._closed:
+                raise ClosedError("This Transcriber is closed. Load the bundle again.")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+    def _run(self, samples: list[Samples], options: DecodingOptions, clock: Clock) -> list[Transcription]:
+        """Decodes what can be heard in one batch, and puts digital silence back in its place as empty results."""
+        adapters = self._adapters.get(options.adapters)
+        audible = [index for index, utterance in enumerate(samples) if not is_silent(utterance)]
+        job = Job(self.manifest, self._tokenizer, adapters, options, len(audible))
+        transcripts: dict[int, Transcript] = {}
+        if audible:
+            decoded = self._decode(
+                [samples[index] for index in audible], adapters.loaded, job.plan(), job.prompts(), clock
+            )
+            transcripts = {index: job.transcript(decoded, place) for place, index in enumerate(audible)}
+        seconds = [len(utterance) / self.manifest.audio.sample_rate for utterance in samples]
+        timings = clock.stop(sum(seconds))
+        return [
+            job.result(transcripts[index], audible.index(index), duration, timings)
+            if index in transcripts
+            else job.silence(duration, timings)
+            for index, duration in enumerate(seconds)
+        ]
+
+    def _decode(
+        self, samples: list[Samples], stack: LoadedStack, plan: Plan, prompts: list[Prompt], clock: Clock
+    ) -> DecodedBatch:
+        """Features, encoder, loop."""
+        clock.lap("audio")
+        features = self._features.batch(samples)
+        clock.lap("features")
+        encoded = self._backend.encode(features, stack)
+        clock.lap("encoder")
+        decoded = decode(self._backend.start(encoded, stack, plan.control), prompts, plan)
+        clock.decoded(decoded)
+        return decoded
+
+
+def _options(options: DecodingOptions | None, choices: dict[str, Any]) -> DecodingOptions:
+    if options is None:
+        return DecodingOptions(**choices)
+    if choices:
+        raise OptionError(f"options and {', '.join(sorted(choices))} were given. Put everything into one of them.")
+    return options
