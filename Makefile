@@ -37,7 +37,10 @@ $(BUNDLE)/manifest.json: $(STAMP) $(wildcard runtime/*.py runtime/*/*.py export/
 		--output $(BUNDLE) --force
 
 demo: $(BUNDLE)/manifest.json
-	$(BIN)/das-transcribe --bundle $(BUNDLE) $(DEMO)/audio/*.flac
+	@echo "--- the base alone"
+	$(BIN)/das-transcribe --bundle $(BUNDLE) --rule base $(DEMO)/audio/*.flac
+	@echo "--- the base and its adapters in one batch, with the row that wrote each word the base would not have written"
+	$(BIN)/das-transcribe --bundle $(BUNDLE) --provenance $(DEMO)/audio/*.flac
 
 test: $(STAMP)
 	$(BIN)/pytest -m "not soak and not gpu"

@@ -23,14 +23,23 @@ from das_asr.benchmarks.lora import loop_adapters, share_cross_rows
 from das_asr.benchmarks.models import SAMPLE_RATE, is_multilingual, prompt_ids, read_json
 from das_asr.benchmarks.systems import Work
 from das_asr.benchmarks.timing import ModelClock, Utterance
-from das_asr.benchmarks.torchloop import Decoded, greedy
+from das_asr.benchmarks.torchloop import Decoded, Suppression, greedy
+from das_asr.runtime.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["BASELINES", "Baseline", "MixedBatch", "SequentialDecodes", "SequentialLora", "TransformersGenerate"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "MixedBatch",
+    "PeftBaseline",
+    "SequentialDecodes",
+    "SequentialLora",
+    "TransformersGenerate",
+]
 
 
 class Baseline(ABC):
@@ -46,7 +55,9 @@ class Baseline(ABC):
             work.checkpoint, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
         self._extractor = WhisperFeatureExtractor.from_pretrained(work.checkpoint, local_files_only=True)
+        self._generation_config = read_json(work.checkpoint / "generation_config.json")
         self._prompt = prompt_ids(work.checkpoint)
+        self._suppression = _suppression(self._generation_config, self.model.config.vocab_size)
         self._adapt()
         self._clock = ModelClock(self.model)
 
@@ -83,9 +94,10 @@ class Baseline(ABC):
         return states.expand(rows, -1, -1)
 
     def _greedy(self, states: Tensor) -> Decoded:
-        end = int(self.model.generation_config.eos_token_id)
         work = self.work
-        return greedy(self.model, states, self._prompt, count=work.tokens, banned=end, tau=work.tau)
+        if work.tokens is None:
+            raise OptionError(f"{self.name!r} writes a forced number of tokens only. Give --tokens.")
+        return greedy(self.model, states, self._prompt, count=work.tokens, suppression=self._suppression, tau=work.tau)
 
 
 class TransformersGenerate(Baseline):
@@ -94,16 +106,18 @@ class TransformersGenerate(Baseline):
     name = "transformers"
 
     def _decode(self, features: Tensor) -> tuple[Sequence[int], Sequence[int], float | None]:
-        count = self.work.tokens
-        ids = self.model.generate(features, **self.options(), min_new_tokens=count, max_new_tokens=count)[0].tolist()
-        return ids[-count:], (), None
+        ids = self.model.generate(features, **self._options())[0].tolist()
+        end = self.model.generation_config.eos_token_id
+        return [token for token in ids if token != end], (), None
 
-    def options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """Arguments of `generate` for greedy English transcription without timestamps."""
-        plain = {"do_sample": False, "num_beams": 1, "return_timestamps": False, "use_cache": True}
-        if is_multilingual(read_json(self.work.checkpoint / "generation_config.json")):
-            return {**plain, "language": "en", "task": "transcribe"}
-        return plain
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": False, "use_cache": True}
+        if is_multilingual(self._generation_config):
+            options |= {"language": "en", "task": "transcribe"}
+        if (count := self.work.tokens) is not None:
+            options |= {"min_new_tokens": count, "max_new_tokens": count}
+        return options
 
 
 class SequentialLora(Baseline):
@@ -186,6 +200,15 @@ class MixedBatch(PeftBaseline):
             adapter_names=["__base__", *self._names]
         )
         return context
+
+
+def _suppression(generation_config: dict[str, Any], vocabulary: int) -> Suppression:
+    """The checkpoint's own lists, end-of-text, and timestamps, which follow `<|notimestamps|>`."""
+    timestamps = range(int(generation_config["no_timestamps_token_id"]) + 1, vocabulary)
+    listed = generation_config.get("suppress_tokens") or []
+    always = [*listed, int(generation_config["eos_token_id"]), *timestamps]
+    first = generation_config.get("begin_suppress_tokens") or []
+    return Suppression(torch.tensor(always), torch.tensor(first, dtype=torch.int64))
 
 
 def _log_probability(decoded: Decoded) -> float:

@@ -76,7 +76,8 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, threads: int
     from das_asr.benchmarks.rtf import RtfOptions, run_rtf
 
     chosen = RtfOptions(threads=threads, **options)
-    free = FreeOptions.of(chosen, audio, bundle)
+    measured = {"model": chosen.model, "threads": threads, "repeats": chosen.repeats, "warmup": chosen.warmup}
+    free = FreeOptions.of(audio, bundle, **measured)
     result = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
     result |= {"arguments": {**dataclasses.asdict(chosen), "audio": len(audio)}}
     result |= run_rtf(chosen, _log)

@@ -16,13 +16,10 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from das_asr.benchmarks.vocabulary import Vocabulary, write_tokenizer
 from das_asr.runtime.errors import CheckpointError, OptionError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "BASE_RANDOM",
@@ -48,9 +45,11 @@ RECIPE = 1  # part of every cache key; raise it when the drawing of weights chan
 SAMPLE_RATE = 16_000  # Hz, of every Whisper
 HOP = 160  # samples between two mel frames; two frames make one encoder position
 
-LINEAR_GAIN = 3.0  # over the usual 0.02, so that each block moves the state and the audio matters
-EMBEDDING_GAIN = 10.0  # spreads the logits: a winner's probability is then of the order of a real model's
-POSITION_GAIN = 30.0  # outweighs the last token, whose tied embedding would otherwise win every step
+# Found by trial: with less, the tied embedding makes the last token win again and again, whatever the audio.
+LINEAR_GAIN = 3.0  # standard deviation of linear weights, times the root of d_model
+POSITION_SPREAD = 2.0  # standard deviation of the decoder's position embeddings
+LOGIT_SPREAD = 4.0  # standard deviation of the logits: the winner is then about as sure as a trained model's
+SPECIAL_SHRINK = 1e-3
 LORA_SHARE = 0.2  # rms of an update relative to the weight it changes, as seen in trained adapters
 
 
@@ -180,7 +179,7 @@ def _write_checkpoint(folder: Path, shape: RandomShape, seed: int) -> None:
 
     torch.manual_seed(seed)
     model = WhisperForConditionalGeneration(_config(shape)).eval()
-    _spread(model)
+    _spread(model, shape.vocabulary.text_tokens)
     model.save_pretrained(folder)
     write_tokenizer(folder, shape.vocabulary, shape.window_seconds)
     _dump(folder / "generation_config.json", _generation_config(shape))
@@ -213,24 +212,21 @@ def _config(shape: RandomShape) -> Any:
     )
 
 
-def _spread(model: Any) -> None:
-    """Scales the drawn weights so that logits are not flat and tokens vary; see the gains above."""
+def _spread(model: Any, text_tokens: int) -> None:
+    """Draws the decisive weights anew so that logits are not flat and tokens vary; see the constants above."""
     import torch
 
     decoder = model.get_decoder()
+    embedding, positions = decoder.embed_tokens.weight, decoder.embed_positions.weight
     with torch.no_grad():
         for module in model.modules():
-            # The output projection is the embedding itself and is scaled as such.
+            # The output projection is the embedding itself and is drawn as such.
             if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-                module.weight.mul_(LINEAR_GAIN)
-        decoder.embed_tokens.weight.mul_(EMBEDDING_GAIN)
-        decoder.embed_positions.weight.copy_(_positions(decoder.embed_positions.weight))
-
-
-def _positions(like: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.randn_like(like) * (0.02 * POSITION_GAIN)
+                module.weight.normal_(0.0, LINEAR_GAIN * embedding.shape[1] ** -0.5)
+        embedding.normal_(0.0, LOGIT_SPREAD * embedding.shape[1] ** -0.5)
+        # Special tokens and timestamps never win: systems differ in which of them they suppress.
+        embedding[text_tokens:].mul_(SPECIAL_SHRINK)
+        positions.normal_(0.0, POSITION_SPREAD)
 
 
 def _generation_config(shape: RandomShape) -> dict[str, Any]:

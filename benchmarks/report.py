@@ -200,8 +200,8 @@ def _caption(result: Result, rank: int) -> str:
     packages = ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
     threads = arguments["threads"]
     return (
-        f"{arguments['model']}, LoRA rank {rank}, {result['window_seconds']:g} s of audio, {arguments['tokens']} tokens, "
-        f"fp32, {threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
+        f"{arguments['model']}, LoRA rank {rank}, {result['window_seconds']:g} s of audio, {arguments['tokens']} "
+        f"tokens, fp32, {threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
         f"{machine['cores']} cores); medians of {arguments['repeats']} interleaved repeats; {packages}; "
         f"{result['date'][:10]}."
     )

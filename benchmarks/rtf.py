@@ -28,7 +28,7 @@ from das_asr.benchmarks.models import (
     read_json,
     resolve_model,
 )
-from das_asr.benchmarks.ours import export_bundle
+from das_asr.benchmarks.ours import export_for
 from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK, System, Work, open_system, system_names
 from das_asr.benchmarks.timing import Utterance, summarize
 from das_asr.runtime.errors import OptionError
@@ -75,13 +75,13 @@ def run_rtf(options: RtfOptions, log: Log) -> dict[str, Any]:
         checkpoint = resolve_model(options.model)
         _check_length(checkpoint, options.tokens)
         for rank in options.ranks:
-            with tempfile.TemporaryDirectory(prefix="das-bench-") as scratch:
-                adapters = tuple(adapter_folders(checkpoint, rank, max(options.domains)))
-                log(f"exporting the base and {len(adapters)} adapters of rank {rank}")
-                bundle = export_bundle(checkpoint, adapters, Path(scratch) / "bundle")
-                for domains in options.domains:
-                    log(f"{domains} domains, rank {rank}")
-                    work = Work(checkpoint, adapters[:domains], options.tokens, options.tau, options.threads, bundle)
+            for domains in options.domains:
+                # A bundle for each number of domains: a larger one's tensors would count as this one's memory.
+                with tempfile.TemporaryDirectory(prefix="das-bench-") as scratch:
+                    adapters = tuple(adapter_folders(checkpoint, rank, domains))
+                    log(f"{domains} domains, rank {rank}: exporting")
+                    bundle = export_for(checkpoint, adapters, Path(scratch) / "bundle")
+                    work = Work(checkpoint, adapters, options.tokens, options.tau, options.threads, bundle)
                     records += _compare(work, rank, options, log)
         seconds = len(window_audio(checkpoint)) / SAMPLE_RATE
     return {"window_seconds": seconds, "runs": records}

@@ -30,7 +30,7 @@ class Work:
 
     checkpoint: Path  # the base, in the Hugging Face layout
     adapters: tuple[Path, ...]  # K PEFT folders; row i is adapters[i - 1]
-    tokens: int  # new tokens, forced
+    tokens: int | None  # new tokens, forced on every system; None lets the model end
     tau: float = 0.025
     threads: int = 1
     bundle: Path | None = None  # the same base and adapters exported; only the runtime needs it

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Choice", "Decoded", "choose", "greedy", "paper_row"]
+__all__ = ["Choice", "Decoded", "Suppression", "choose", "greedy", "paper_row"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,20 @@ class Choice:
     token: int
     row: int
     confidence: float  # probability the row gave its token
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """Ids that may not be written, as int64 tensors."""
+
+    always: Tensor
+    first: Tensor  # at the first step, on top of the others
+
+    def apply(self, logits: Tensor, step: int) -> None:
+        """Changes logits [R, V] in place, before any softmax, in every row alike."""
+        logits.index_fill_(1, self.always, -torch.inf)
+        if not step:
+            logits.index_fill_(1, self.first, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,9 @@ def choose(logits: Tensor, tau: float) -> Choice:
     return Choice(int(ids[row]), row, confidences[row])
 
 
-def greedy(model: Any, states: Tensor, prompt: Sequence[int], *, count: int, banned: int, tau: float) -> Decoded:
+def greedy(
+    model: Any, states: Tensor, prompt: Sequence[int], *, count: int, suppression: Suppression, tau: float
+) -> Decoded:
     """Writes exactly `count` tokens, feeding each chosen token to every row.
 
     Args:
@@ -75,7 +91,7 @@ def greedy(model: Any, states: Tensor, prompt: Sequence[int], *, count: int, ban
         states: Encoder states [R, S, D]; expanded from one row, so that they cost no memory.
         prompt: Ids of the prompt, the same in every row.
         count: New tokens to write.
-        banned: The end-of-text id, kept out so that all systems write equally much.
+        suppression: What may not be written, end-of-text included, so that all systems write equally much.
         tau: Threshold of the paper's rule.
     """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -85,12 +101,12 @@ def greedy(model: Any, states: Tensor, prompt: Sequence[int], *, count: int, ban
     rows, seconds = states.shape[0], 0.0
     ids = torch.tensor([list(prompt)]).expand(rows, -1)
     choices = []
-    for _ in range(count):
+    for step in range(count):
         output = decoder(input_ids=ids, encoder_hidden_states=states, past_key_values=cache, use_cache=True)
         # Only the last position's logits are needed: the head is a third of a step.
         logits = head(output.last_hidden_state[:, -1])
         started = perf_counter()
-        logits[:, banned] = -torch.inf
+        suppression.apply(logits, step)
         choice = choose(logits, tau)
         seconds += perf_counter() - started
         choices.append(choice)

@@ -1,0 +1,16 @@
+"""Whisper + LoRA checkpoints -> a bundle for `das_asr.runtime`.
+
+    from das_asr.export import AdapterSource, ExportOptions, export_bundle
+
+    manifest = export_bundle(
+        ExportOptions(base="base", adapters=(AdapterSource("music", Path("adapters/music")),), output=Path("bundle"))
+    )
+
+The command line is `das-export`; everything it does is here.
+"""
+
+from das_asr.export.bundle import export_bundle
+from das_asr.export.options import AdapterSource, ExportOptions
+from das_asr.export.verify import Verification, inspect_bundle, verify_bundle
+
+__all__ = ["AdapterSource", "ExportOptions", "Verification", "export_bundle", "inspect_bundle", "verify_bundle"]

@@ -153,15 +153,30 @@ def tokenizer_json(checkpoint: Checkpoint) -> str:
     if path.is_file():
         _read_json(path, "Save the tokenizer again.")
         return path.read_text(encoding="utf-8")
+    _check_merges(checkpoint.directory)
     from transformers import WhisperTokenizerFast
 
-    try:
-        tokenizer = WhisperTokenizerFast.from_pretrained(checkpoint.directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.directory}: vocab.json and merges.txt make no tokenizer ({error}). Add a tokenizer.json."
-        ) from error
+    tokenizer = WhisperTokenizerFast.from_pretrained(checkpoint.directory, local_files_only=True)
     return str(tokenizer.backend_tokenizer.to_str())
+
+
+def _check_merges(directory: Path) -> None:
+    """Finds what the tokenizers library would stumble over without saying which file is meant."""
+    vocabulary = _read_json(directory / "vocab.json", "Save the tokenizer again.")
+    path = directory / "merges.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Save the tokenizer again.") from error
+    for number, line in enumerate(lines, start=1):
+        pair = line.split(" ")
+        if not line or line.startswith("#version"):
+            continue
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+            raise CheckpointError(
+                f"{path}: line {number} ({line!r}) must be two tokens of vocab.json whose union is one too. Save the "
+                "tokenizer again."
+            )
 
 
 # --- Finding it ---
@@ -202,7 +217,10 @@ def _download(repository: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         problem, cause = f"has no revision {revision!r} on the hub. Check the branch, tag or commit", error
     except LocalEntryNotFoundError as error:
-        problem, cause = "is not in the local cache and the hub cannot be reached. Go online, or give a folder", error
+        problem, cause = (
+            "is not in the local cache, and the hub cannot be reached or refuses. Give a local folder",
+            error,
+        )
     except (transport, OSError) as error:
         problem, cause = f"cannot be downloaded from the hub ({error}). Try again, or give a local folder", error
     raise CheckpointError(f"{repository} {problem}.") from cause
@@ -253,13 +271,15 @@ def _token_list(name: str, rules: Mapping[str, Any], dims: Dimensions, directory
 
 def _front_end(directory: Path, dims: Dimensions) -> AudioFrontEnd:
     given, path = _front_end_config(directory)
-    try:
-        rate, hop, n_fft = given["sampling_rate"], given["hop_length"], given["n_fft"]
-        samples, mels = given["chunk_length"] * rate, given["feature_size"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not the front end of a Whisper ({error!r}). Copy the base's own.") from error
+    for name in ("sampling_rate", "hop_length", "n_fft", "chunk_length", "feature_size"):
+        if type(given.get(name)) is not int or given[name] < 1:
+            raise CheckpointError(
+                f"{path}: {name} is {given.get(name)!r}, expected an integer of at least 1. Copy the base's own file."
+            )
+    rate, hop, n_fft = given["sampling_rate"], given["hop_length"], given["n_fft"]
+    samples = given["chunk_length"] * rate
     facts = (
-        ("feature_size", mels, "num_mel_bins", dims.mels),
+        ("feature_size", given["feature_size"], "num_mel_bins", dims.mels),
         ("n_samples", given.get("n_samples", samples), "chunk_length * sampling_rate", samples),
         ("frames of one window", samples / hop, "2 * max_source_positions", dims.frames),
         ("nb_max_frames", given.get("nb_max_frames", dims.frames), "2 * max_source_positions", dims.frames),
@@ -269,7 +289,7 @@ def _front_end(directory: Path, dims: Dimensions) -> AudioFrontEnd:
     for name, value, other, expected in facts:
         if value != expected:
             raise CheckpointError(f"{path}: {name} is {value}, but {other} is {expected}. Copy the base's own file.")
-    return AudioFrontEnd(sample_rate=rate, n_fft=n_fft, hop_length=hop, window_samples=int(samples))
+    return AudioFrontEnd(sample_rate=rate, n_fft=n_fft, hop_length=hop, window_samples=samples)
 
 
 def _front_end_config(directory: Path) -> tuple[dict[str, Any], Path]:

@@ -1,9 +1,9 @@
 """Writes the two graphs of a bundle as ONNX files beside their external weights, and checks what was written.
 
-    write_graphs(checkpoint, stack, directory, metadata)     # encoder.onnx(.data), decoder.onnx(.data)
+    write_graphs(checkpoint, dims, stack, directory, metadata)  # encoder.onnx(.data), decoder.onnx(.data)
 
-Weights go from the checkpoint to the file one tensor at a time, so a model larger than memory, or than the 2 GB that one
-protobuf can hold, is no special case.
+Weights go from the checkpoint to the file one tensor at a time, so a model larger than memory, or than the 2 GB that
+one protobuf can hold, is no special case.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ENCODER_DOC = (
     "values of every decoder layer, which are bound to the decoder's inputs of the same names."
 )
 _DECODER_DOC = (
-    "Whisper decoder with a batched adapter dimension, prefill and step in one graph. Row 0 is the base, row i the base "
-    "with adapter i. The selection rule runs inside; bind next_ids as the next step's ids and present_* as past_*."
+    "Whisper decoder with a batched adapter dimension, prefill and step in one graph. Row 0 is the base, row i the "
+    "base with adapter i. The selection rule runs inside; bind next_ids as the next step's ids and present_* as past_*."
 )
 
 

@@ -32,7 +32,12 @@ __all__ = ["Reference", "RowOpener", "RowTrace", "delta_row", "load_reference", 
 RowOpener: TypeAlias = Callable[[Any], AbstractContextManager[None]]
 """Turns the model (a `WhisperForConditionalGeneration`) into one row for the length of a `with`."""
 
-_PROJECTIONS = {"sq": "self_attn.q_proj", "sv": "self_attn.v_proj", "cq": "encoder_attn.q_proj", "cv": "encoder_attn.v_proj"}
+_PROJECTIONS = {
+    "sq": "self_attn.q_proj",
+    "sv": "self_attn.v_proj",
+    "cq": "encoder_attn.q_proj",
+    "cv": "encoder_attn.v_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Reference:
     model: Any
     extractor: Any
     adapters: tuple[RowOpener, ...]
-    suppressed: tuple[int, ...]  # as transformers reads them, not as the exporter does
-    suppressed_first: tuple[int, ...]
+    suppressed: tuple[int, ...]  # never written
+    suppressed_first: tuple[int, ...]  # not written directly behind the prompt
 
     @property
     def rows(self) -> int:
@@ -69,9 +74,7 @@ class Reference:
         import torch
 
         with torch.inference_mode():
-            return [
-                self.model.model.encoder(torch.from_numpy(window[None])).last_hidden_state for window in features
-            ]
+            return [self.model.model.encoder(torch.from_numpy(window[None])).last_hidden_state for window in features]
 
     def row(self, index: int) -> AbstractContextManager[None]:
         """Turns the model into row `index` for the length of a `with`."""
@@ -103,12 +106,15 @@ class Reference:
         return RowTrace(best.indices[:, 0].numpy(), logprob.numpy(), margin.numpy())
 
 
-def load_reference(directory: Path, adapters: Sequence[RowOpener]) -> Reference:
+def load_reference(directory: Path, adapters: Sequence[RowOpener], never: Sequence[int] = ()) -> Reference:
     """Loads a base checkpoint into torch, as float32.
+
+    The suppressed tokens are those that transformers reads from the checkpoint, whatever the exporter read.
 
     Args:
         directory: local folder of the checkpoint.
         adapters: openers of the rows 1 .. K, see `peft_row` and `delta_row`.
+        never: further tokens that are never written, such as timestamps.
     """
     import torch
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -117,11 +123,11 @@ def load_reference(directory: Path, adapters: Sequence[RowOpener]) -> Reference:
         model = WhisperForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
     size = model.config.vocab_size
-    lists = (
+    always, first = (
         tuple(token for token in getattr(model.generation_config, name, None) or () if 0 <= token < size)
         for name in ("suppress_tokens", "begin_suppress_tokens")
     )
-    return Reference(model.eval(), extractor, tuple(adapters), *lists)
+    return Reference(model.eval(), extractor, tuple(adapters), (*always, *never), first)
 
 
 @contextlib.contextmanager
@@ -175,9 +181,10 @@ def _check_loaded(wrapped: Any, stored: dict[str, Any], directory: Path) -> None
     """PEFT only warns about tensors that it found no place for."""
     from peft import get_peft_model_state_dict
 
-    loaded = get_peft_model_state_dict(wrapped)
+    loaded = get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # "auto" would ask the hub about the base
     different = stored.keys() ^ loaded.keys()
-    different |= {name for name in stored.keys() & loaded.keys() if not stored[name].float().equal(loaded[name].float())}
+    common = stored.keys() & loaded.keys()
+    different |= {name for name in common if not stored[name].float().equal(loaded[name].float())}
     if different:
         raise ParityError(
             f"{directory}: PEFT itself does not load {sorted(different)[0]} as stored, so there is nothing to compare "
@@ -188,8 +195,8 @@ def _check_loaded(wrapped: Any, stored: dict[str, Any], directory: Path) -> None
 def delta_row(adapter: Adapter) -> RowOpener:
     """Opens a row by adding A B to the projections' weights, for an adapter whose PEFT checkpoint is gone.
 
-    The scale is folded into the stored B. Weaker than PEFT as an oracle: an adapter that was misread when the bundle was
-    made is misread here too; all that comes after it is still checked.
+    The scale is folded into the stored B. Weaker than PEFT as an oracle: an adapter that was misread when the bundle
+    was made is misread here too; all that comes after it is still checked.
     """
 
     @contextlib.contextmanager

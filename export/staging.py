@@ -61,8 +61,8 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
         if error.errno not in _NO_ROOM:
             raise
         raise ExportError(
-            f"{target} cannot be written: {error.strerror}. A bundle takes about the size of the base in float32 plus its "
-            "adapters; free some space or choose another --output. Nothing was left behind."
+            f"{target} cannot be written: {error.strerror}. A bundle takes about the size of the base in float32 plus "
+            "its adapters; free some space or choose another --output. Nothing was left behind."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

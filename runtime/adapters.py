@@ -187,6 +187,8 @@ class TensorFile:
             left = self.entries[name].size
             while left:
                 chunk = handle.read(min(left, _CHUNK))
+                if not chunk:
+                    raise EOFError(f"{self.path} became shorter while it was read")
                 left -= len(chunk)
                 yield chunk
 

@@ -18,10 +18,11 @@ class Clock:
         self._stages = {"audio": 0.0, "features": 0.0, "encoder": 0.0, "prefill": 0.0, "steps": 0.0}
         self._step_count = 0
 
-    def lap(self, stage: str) -> None:
-        """Books the time since the last lap."""
+    def lap(self, stage: str | None) -> None:
+        """Books the time since the last lap; None leaves it to the host."""
         now = perf_counter()
-        self._stages[stage] += now - self._last
+        if stage is not None:
+            self._stages[stage] += now - self._last
         self._last = now
 
     def decoded(self, batch: DecodedBatch) -> None:

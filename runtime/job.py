@@ -42,17 +42,31 @@ class Job:
         self._languages: list[str | None] = [language] * batch
         self._detect = language is None and len(manifest.tokens.languages) > 1
         self._no_speech: list[float | None] = [None] * batch
+        self._check(language)
+
+    def _check(self, language: str | None) -> None:
+        """Refuses options that do not fit the bundle, also where there is nothing to decode."""
+        self._options.check_scoring(self.rule)
+        if not (self._options.include_base or self._adapters.names):
+            raise OptionError("include_base=False leaves nothing to choose from: no adapters are loaded. Load one.")
+        vocabulary = self._manifest.dimensions.vocabulary
+        if outside := [token for token in self._options.suppress_tokens if not 0 <= token < vocabulary]:
+            raise OptionError(f"suppress_tokens has {outside[0]}, but this model's ids go from 0 to {vocabulary - 1}.")
+        self._prompt(language)
 
     # --- Before the loop ---
 
     def prompts(self) -> list[Prompt]:
         """The decoder prompt of every utterance; a language still to be detected is stood in for by any other."""
-        stand_in = next(iter(self._manifest.tokens.languages), None)
+        return [self._prompt(language) for language in self._languages]
+
+    def _prompt(self, language: str | None) -> Prompt:
+        if language is None:  # an English-only model takes no other than English; another still has to detect it
+            language = self._options.language or next(iter(self._manifest.tokens.languages), None)
         # Half of the positions are left to the transcription, as Whisper was trained; one goes to <|startofprev|>.
         room = self._manifest.dimensions.text_positions // 2 - 1
-        make = self._tokenizer.prompt
-        made = [make(lang or stand_in, self._options.task, self._options.prompt, room) for lang in self._languages]
-        return [Prompt(tuple(ids), start) for ids, start in made]
+        ids, start = self._tokenizer.prompt(language, self._options.task, self._options.prompt, room)
+        return Prompt(tuple(ids), start)
 
     def plan(self) -> Plan:
         """How the loop shall run."""
@@ -82,7 +96,8 @@ class Job:
     def _padding(self) -> NDArray[np.int64]:
         """First cache slot [B] that is not padding: prompts are padded on the left to one length."""
         lengths = np.array([len(prompt.ids) for prompt in self.prompts()], np.int64)
-        return np.subtract(lengths.max(), lengths, dtype=np.int64)
+        padding: NDArray[np.int64] = lengths.max() - lengths
+        return padding
 
     def _never(self) -> Sequence[int]:
         """Timestamps: without their grammar they would be noise in the text."""
@@ -90,10 +105,7 @@ class Job:
         return () if first is None else range(first, self._manifest.dimensions.vocabulary)
 
     def _bias(self, suppressed: Sequence[int]) -> NDArray[np.float32]:
-        vocabulary = self._manifest.dimensions.vocabulary
-        if outside := [token for token in suppressed if not 0 <= token < vocabulary]:
-            raise OptionError(f"suppress_tokens has {outside[0]}, but this model's ids go from 0 to {vocabulary - 1}.")
-        bias = np.zeros((self._batch, vocabulary), np.float32)
+        bias = np.zeros((self._batch, self._manifest.dimensions.vocabulary), np.float32)
         bias[:, list(suppressed)] = SUPPRESSED
         return bias
 

@@ -23,7 +23,7 @@ class DecodingOptions:
         max_tokens: limit of written tokens per hypothesis; None is what the decoder has room for.
         adapters: which adapters decode along with the base, in this order; None is all of them.
         rule: a name from `selection.RULES` or a `SelectionRule`.
-        tau: threshold of the rule in probability units (paper, Eq. 3).
+        tau: threshold of the rule in probability units (paper, Eq. 3); rules without a threshold ignore it.
         suppress_tokens: ids never written, on top of the checkpoint's own list.
         score: how `hypothesis` scores a row's text: `mean` log-probability per token (end-of-text counted), or `total`.
         base_bias: nats added to the base's score, in the unit of `score`; above 0 favours the base.
@@ -48,8 +48,7 @@ class DecodingOptions:
     logprob_threshold: float = -1.0
 
     def __post_init__(self) -> None:
-        if self.rule is not None:
-            check_rule(self.rule)
+        self._check_sequences()
         self._check_numbers()
         if self.task not in ("transcribe", "translate"):
             raise OptionError(f"task is {self.task!r}, expected 'transcribe' or 'translate'.")
@@ -57,24 +56,46 @@ class DecodingOptions:
             raise OptionError(f"score is {self.score!r}, expected 'mean' or 'total'.")
         if not self.include_base and self.adapters == ():
             raise OptionError("include_base=False leaves nothing to choose from with adapters=(). Name an adapter.")
-        self._check_hypothesis_only()
+        if self.logprob_threshold != -1.0 and self.no_speech_threshold is None:
+            raise OptionError(
+                f"logprob_threshold={self.logprob_threshold} works along with no_speech_threshold, which is None. "
+                "Give both, or neither."
+            )
+        if self.rule is not None:
+            self.check_scoring(check_rule(self.rule))
+
+    def _check_sequences(self) -> None:
+        if isinstance(self.adapters, str):
+            raise OptionError(f"adapters is {self.adapters!r}, expected several names, as in ({self.adapters!r},).")
+        for name in ("adapters", "suppress_tokens"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _check_numbers(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise OptionError(f"max_tokens is {self.max_tokens}, expected at least 1, or None.")
         if self.tau is not None and not 0 <= self.tau <= 1:
             raise OptionError(f"tau is {self.tau}, expected a probability between 0 and 1.")
-        if not math.isfinite(self.base_bias):
-            raise OptionError(f"base_bias is {self.base_bias}, expected a finite number of nats.")
+        for name in ("base_bias", "logprob_threshold"):
+            if not math.isfinite(getattr(self, name)):
+                raise OptionError(f"{name} is {getattr(self, name)}, expected a finite number of nats.")
         threshold = self.no_speech_threshold
         if threshold is not None and not 0 <= threshold <= 1:
             raise OptionError(f"no_speech_threshold is {threshold}, expected a probability, or None.")
 
-    def _check_hypothesis_only(self) -> None:
-        """`score`, `base_bias` and `include_base` mean nothing when the rows share one history."""
-        if self.rule is None or self.rule == HYPOTHESIS:
+    def check_scoring(self, rule: str | SelectionRule) -> None:
+        """Refuses `score`, `base_bias` and `include_base` where the rows share one history: nothing is scored then.
+
+        Args:
+            rule: the rule that will be used; without `rule` that is the bundle's.
+
+        Raises:
+            OptionError: naming the option that would have no effect.
+        """
+        if rule == HYPOTHESIS:
             return
-        defaults = {"score": "mean", "base_bias": 0.0, "include_base": True}
-        for name, default in defaults.items():
+        shown = repr(rule if isinstance(rule, str) else rule.name)
+        source = " by the bundle's default" if self.rule is None else ""
+        for name, default in (("score", "mean"), ("base_bias", 0.0), ("include_base", True)):
             if getattr(self, name) != default:
-                raise OptionError(f"{name} belongs to rule='hypothesis', but rule is {self.rule!r}. Drop one of them.")
+                raise OptionError(f"{name} belongs to rule='hypothesis', but rule is {shown}{source}. Drop either.")

@@ -88,7 +88,8 @@ class Transcriber:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that decode along with the base, in row order."""
-        return self._adapters.names
+        with self._in_use():
+            return self._adapters.names
 
     def transcribe(
         self,
@@ -129,6 +130,7 @@ class Transcriber:
             samples = [load_audio(audio, sample_rate, target_rate=rate) for audio in audios]
             for utterance in samples:
                 check_duration(utterance, self.manifest.audio)
+            clock.lap("audio")
             return self._run(samples, chosen, clock)
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
@@ -205,7 +207,7 @@ class Transcriber:
         self, samples: list[Samples], stack: LoadedStack, plan: Plan, prompts: list[Prompt], clock: Clock
     ) -> DecodedBatch:
         """Features, encoder, loop."""
-        clock.lap("audio")
+        clock.lap(None)
         features = self._features.batch(samples)
         clock.lap("features")
         encoded = self._backend.encode(features, stack)

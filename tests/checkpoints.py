@@ -137,13 +137,12 @@ def make_base(
         seed: of the weights.
     """
     import torch
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
+    from transformers import WhisperForConditionalGeneration
 
     directory.mkdir(parents=True, exist_ok=True)
     tokens = make_tokenizer(directory, seconds, vocabulary, timestamps)
-    end = tokens["<|endoftext|>"]
-    config = WhisperConfig(
-        vocab_size=len(tokens),
+    config = _config(
+        tokens,
         num_mel_bins=mels,
         d_model=d_model,
         encoder_layers=encoder_layers,
@@ -154,12 +153,6 @@ def make_base(
         decoder_ffn_dim=ffn or 4 * d_model,
         max_source_positions=seconds * 50,
         max_target_positions=text_positions,
-        pad_token_id=end,
-        bos_token_id=end,
-        eos_token_id=end,
-        decoder_start_token_id=tokens["<|startoftranscript|>"],
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
     )
     with quiet():
         model = _random_model(WhisperForConditionalGeneration, config, seed)
@@ -168,10 +161,26 @@ def make_base(
     generation = generation_settings(tokens, multilingual, timestamps) | {"max_length": text_positions}
     if suppress_tokens is not None:
         generation["suppress_tokens"] = list(suppress_tokens)
-    first = (tokens["\u0120"], end) if begin_suppress_tokens is None else begin_suppress_tokens
+    first = (tokens["\u0120"], tokens["<|endoftext|>"]) if begin_suppress_tokens is None else begin_suppress_tokens
     _write_json(directory / "generation_config.json", generation | {"begin_suppress_tokens": list(first)})
     _write_json(directory / "preprocessor_config.json", front_end(mels, seconds))
     return directory
+
+
+def _config(tokens: dict[str, int], **sizes: int) -> Any:
+    from transformers import WhisperConfig
+
+    end = tokens["<|endoftext|>"]
+    return WhisperConfig(
+        vocab_size=len(tokens),
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=tokens["<|startoftranscript|>"],
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **sizes,
+    )
 
 
 def _random_model(cls: Any, config: Any, seed: int) -> Any:

@@ -178,13 +178,9 @@ def test_logits_of_a_base_with_our_products_added_are_those_of_peft(base: Path, 
 
     directory = make_adapter(base, tmp_path / "a", init="pissa", rslora=True)
     adapter = read_adapter(directory, "a", DIMS)
-    full = {
-        "sq": "self_attn.q_proj",
-        "sv": "self_attn.v_proj",
-        "cq": "encoder_attn.q_proj",
-        "cv": "encoder_attn.v_proj",
-    }
-    inputs = {"input_features": torch.randn(1, 80, 500), "decoder_input_ids": torch.arange(9)[None]}
+    paths = ("self_attn.q_proj", "self_attn.v_proj", "encoder_attn.q_proj", "encoder_attn.v_proj")
+    features = torch.randn(1, 80, 500, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_features": features, "decoder_input_ids": torch.arange(9)[None]}
     with quiet(), torch.no_grad():
         merged = WhisperForConditionalGeneration.from_pretrained(base)
         before = merged(**inputs).logits
@@ -220,7 +216,8 @@ def test_what_an_adapter_says_about_itself(base: Path, tmp_path: Path) -> None:
 
 def test_reading_needs_neither_torch_nor_peft(plain: Path) -> None:
     code = (
-        "import sys; from das_asr.runtime.adapters import read_adapter; from das_asr.runtime.manifest import Dimensions\n"
+        "import sys; from das_asr.runtime.adapters import read_adapter\n"
+        "from das_asr.runtime.manifest import Dimensions\n"
         f"read_adapter({str(plain)!r}, 'x', Dimensions(**{dataclasses.asdict(DIMS)!r}))\n"
         "assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
     )
@@ -430,6 +427,15 @@ def mirror(name: str, tensor: Array) -> Array:
     if "lora_A" in name:
         return np.concatenate([values[:4], values[:4]])
     return np.concatenate([values[:, :4], -values[:, :4]], axis=1)
+
+
+def test_a_pissa_that_was_barely_trained_is_accepted(base: Path, tmp_path: Path) -> None:
+    directory = make_adapter(base, tmp_path / "a", init="pissa")
+    edit_weights(directory, lambda tensors: tensors.update({n: mirror(n, t) for n, t in tensors.items()}))
+    edit_weights(
+        directory, lambda tensors: tensors[f"{PREFIX}.{Q_B}"].__imul__(np.linspace(1, 1.0001, 8, dtype=np.float32))
+    )
+    assert read_adapter(directory, "a", DIMS).rank == 8
 
 
 def test_one_module_that_changes_something_is_enough(broken: Path) -> None:

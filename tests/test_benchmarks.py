@@ -61,8 +61,8 @@ def test_default_vocabulary_has_the_published_ids() -> None:
     vocabulary = Vocabulary()
     ids = vocabulary.special_ids(30)
     published = {
-        "<|endoftext|>": 50257, "<|startoftranscript|>": 50258, "<|en|>": 50259, "<|su|>": 50357, "<|translate|>": 50358,
-        "<|transcribe|>": 50359, "<|startofprev|>": 50361, "<|notimestamps|>": 50363, "<|0.00|>": 50364,
+        "<|endoftext|>": 50257, "<|startoftranscript|>": 50258, "<|en|>": 50259, "<|su|>": 50357, 
+        "<|translate|>": 50358, "<|transcribe|>": 50359, "<|startofprev|>": 50361, "<|notimestamps|>": 50363, "<|0.00|>": 50364,
         "<|30.00|>": 51864,
     }  # fmt: skip
     assert {name: ids[name] for name in published} == published

@@ -69,7 +69,7 @@ SOUNDS = {
 def test_equals_transformers(mels: int, seconds: int, sound: str) -> None:
     log_mel = LogMel(front_end(seconds), mels)
     window = seconds * RATE
-    for count in (1600, 33333, window - 1, window):
+    for count in (33333, window - 1, window)[:: 1 if seconds == 5 else 2]:
         samples = SOUNDS[sound](count)
         features, expected = log_mel(samples), reference(samples, mels, seconds)
         assert features.dtype == np.float32

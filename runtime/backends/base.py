@@ -62,7 +62,7 @@ class Step:
 
 @dataclass
 class Traffic:
-    """Bytes that crossed between host and device in one run, by tensor name. Tensors that stay where they are count 0."""
+    """Bytes that crossed between host and device in one run, by tensor name; those that stay where they are do not."""
 
     to_device: dict[str, int] = field(default_factory=dict)
     to_host: dict[str, int] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as engine
 
 from das_asr.runtime.adapters import Stack
 from das_asr.runtime.backends import BackendOptions
@@ -16,20 +17,31 @@ from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, T
 from das_asr.runtime.cache import GrowingCache
 from das_asr.runtime.contract import decoder_inputs, encoder_inputs, encoder_outputs
 from das_asr.runtime.errors import BackendError
-from das_asr.runtime.manifest import Dimensions, Manifest
+from das_asr.runtime.manifest import Manifest
 
 __all__ = ["Binding", "OnnxRuntimeBackend"]
 
 _ERRORS_ONLY = 3  # a level below warns about every overridable initializer at each load
+_LOAD_ERRORS = (
+    engine.EPFail,
+    engine.Fail,
+    engine.InvalidArgument,
+    engine.InvalidGraph,
+    engine.InvalidProtobuf,
+    engine.NoSuchFile,
+    engine.NotImplemented,
+    engine.RuntimeException,
+)
 _STEP_OUTPUTS = ("row", "candidate", "logprob")
 
 
 class Binding:
     """One IO binding, and a count of every byte that crosses between host and device."""
 
-    def __init__(self, session: Any, device: str) -> None:
-        self._session, self._device = session, device
+    def __init__(self, session: Any, device: str, device_id: int) -> None:
+        self._session, self._device, self._device_id = session, device, device_id
         self._binding = session.io_binding()
+        self._held: dict[str, Any] = {}
         self.traffic = Traffic()
 
     def feed(self, name: str, array: NDArray[Any]) -> None:
@@ -37,15 +49,21 @@ class Binding:
         self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         self.traffic.to_device[name] = array.nbytes
 
+    def place(self, name: str, array: NDArray[Any]) -> None:
+        """Moves a host array to the device, for all runs; its bytes cross once."""
+        self.connect(name, to_device(array, self._device, self._device_id))
+        self.traffic.to_device[name] = array.nbytes
+
     def connect(self, name: str, value: Any) -> None:
         """Binds a tensor that is already on the device; nothing crosses."""
+        self._held[name] = value  # on the CPU it may be a view of an array that only this object keeps alive
         self._binding.bind_ortvalue_input(name, value)
 
     def run(self, device_outputs: Sequence[str], host_outputs: Sequence[str]) -> tuple[list[Any], list[NDArray[Any]]]:
         """Runs the graph: (tensors that stay on the device, copies of those the host asked for)."""
         self._binding.clear_binding_outputs()
         for name in device_outputs:
-            self._binding.bind_output(name, self._device)
+            self._binding.bind_output(name, self._device, self._device_id)
         for name in host_outputs:
             self._binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(self._binding)
@@ -76,11 +94,12 @@ class OnnxRuntimeBackend:
         """Puts adapters on the device; None is the stack that the graphs carry, which needs no memory of its own."""
         if stack is None:
             return LoadedStack(self._rows, {})
-        return LoadedStack(stack.rows, {name: self._to_device(tensor) for name, tensor in stack.tensors.items()})
+        device = (self._device, self._device_id)
+        return LoadedStack(stack.rows, {name: to_device(tensor, *device) for name, tensor in stack.tensors.items()})
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
-        binding = Binding(self._encoder, self._device)
+        binding = Binding(self._encoder, self._device, self._device_id)
         binding.feed("features", features)
         _connect(binding, stack.tensors, [spec.name for spec in encoder_inputs(self._dims)])
         names = [spec.name for spec in encoder_outputs(self._dims)]
@@ -89,23 +108,19 @@ class OnnxRuntimeBackend:
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> OnnxRuntimeBatch:
         """Binds cross-attention tensors, adapters and control values once for all steps of the batch."""
-        binding = Binding(self._decoder, self._device)
+        binding = Binding(self._decoder, self._device, self._device_id)
         names = [spec.name for spec in decoder_inputs(self._dims)]
         _connect(binding, encoded.tensors, names)
         _connect(binding, stack.tensors, names)
         for name, array in control.feeds().items():
-            binding.connect(name, self._to_device(array))
+            binding.place(name, array)
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
-        return OnnxRuntimeBatch(
-            binding, GrowingCache(self._dims, self._to_device(np.zeros(shape, np.float32))), self._dims
-        )
+        empty = to_device(np.zeros(shape, np.float32), self._device, self._device_id)
+        return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty))
 
     def close(self) -> None:
         """Frees both graphs."""
         del self._encoder, self._decoder
-
-    def _to_device(self, array: NDArray[Any]) -> Any:
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, self._device_id)
 
     def _session(self, path: Path, options: BackendOptions) -> Any:
         settings = onnxruntime.SessionOptions()
@@ -119,7 +134,13 @@ class OnnxRuntimeBackend:
             provider = "CUDAExecutionProvider"
             _require_provider(provider)
             providers = [(provider, {"device_id": self._device_id}), "CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(path, settings, providers=providers)
+        try:
+            session = onnxruntime.InferenceSession(path, settings, providers=providers)
+        except _LOAD_ERRORS as error:
+            raise BackendError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {path} on device {options.device!r}: {error}. "
+                "Check the file (`verify_files=True` does), the driver, and whether a newer version is needed."
+            ) from error
         if session.get_providers()[0] != provider:  # the engine only logs when a provider fails to come up
             raise BackendError(
                 f"{provider} did not come up on device {options.device!r}; the engine offers "
@@ -131,8 +152,8 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeBatch:
     """B utterances in the decoder; see `base.DecodingBatch`."""
 
-    def __init__(self, binding: Binding, cache: GrowingCache, dims: Dimensions) -> None:
-        self._binding, self._cache, self._dims = binding, cache, dims
+    def __init__(self, binding: Binding, cache: GrowingCache) -> None:
+        self._binding, self._cache = binding, cache
         self._next_ids: Any = None
         self.traffic: list[Traffic] = []
 
@@ -140,7 +161,7 @@ class OnnxRuntimeBatch:
         self, position: NDArray[np.int64], prompt_last: NDArray[np.int64],
         ids: NDArray[np.int64] | None = None, *, logits: bool = False,
     ) -> Step:  # fmt: skip
-        """Runs the decoder once; without `ids` the graph's own choice of the run before is bound, unseen by the host."""
+        """Runs the decoder once; without `ids` the graph's own choice of the run before is bound, never fetched."""
         if ids is None:
             self._binding.connect("ids", self._next_ids)
         else:
@@ -155,6 +176,11 @@ class OnnxRuntimeBatch:
         self._cache.advance(kept)
         self.traffic.append(self._binding.take_traffic())
         return Step(*fetched)
+
+
+def to_device(array: NDArray[Any], device: str, device_id: int) -> Any:
+    """A host array as a tensor of the device; on the CPU it may share the array's memory."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, device_id)
 
 
 def _connect(binding: Binding, tensors: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -1,0 +1,247 @@
+"""The parity gate: a bundle leaves the exporter only if it computes what transformers and PEFT compute.
+
+    report = check_parity(directory, manifest, samples, checkpoint.directory, [peft_row(folder) for folder in folders])
+
+On the files as shipped, with the adapters as the graphs carry them:
+
+1. The log-mel features are those of transformers' extractor.
+2. The logits of every row, behind the prompt and behind every forced token (`teacher`), differ by no more than
+   `TOLERANCE` times the largest logit.
+3. Every adapter moves the logits by at least ten times the error that was measured.
+4. The runtime writes the same tokens, from the same rows, with shared and with own history (`replay`).
+
+The oracle (`reference`) needs one pass for each row and text, so the gate takes little longer than the runtime's own
+decoding; memory holds the base once in torch and once in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from das_asr.export.reference import Reference, RowOpener, RowTrace, load_reference
+from das_asr.export.replay import REPLAYED_RULES, Comparison, Written, compare, written
+from das_asr.export.teacher import Forced, Graphs, forced_batches, graph_logits
+from das_asr.runtime.errors import ParityError
+from das_asr.runtime.features import LogMel
+from das_asr.runtime.manifest import Manifest, ParityReport
+from das_asr.runtime.transcriber import Transcriber
+
+__all__ = ["MAX_TOKENS", "TOLERANCE", "check_parity"]
+
+TOLERANCE = 2e-5
+"""Largest logit difference that is allowed, relative to the largest logit."""
+
+MAX_TOKENS = 64
+"""Most tokens a row writes in the gate."""
+
+_FEATURE_TOLERANCE = 1e-3  # absolute; both extractors transform in float32, features lie between about -1 and 1.5
+_EFFECT = 10  # times the measured error
+_BATCH = 4  # utterances decoded together
+
+_log = logging.getLogger(__name__)
+
+Samples = Sequence[NDArray[np.float32]]
+
+
+@dataclass
+class _Logits:
+    """Running figures of the logit comparison."""
+
+    largest_difference: float = 0.0
+    total_difference: float = 0.0
+    count: int = 0
+    largest: float = 0.0
+    where: str = ""
+    effects: dict[str, float] = field(default_factory=dict)
+
+    def add(self, ours: NDArray[np.float32], oracle: NDArray[np.float32], where: str) -> None:
+        """Takes one row of one utterance, both [1 + steps, V]."""
+        difference = np.abs(ours.astype(np.float64) - oracle)
+        self.total_difference += float(difference.sum())
+        self.count += difference.size
+        self.largest = max(self.largest, float(np.abs(oracle).max()))
+        # Not `>`: NaN must not pass unnoticed.
+        if not (worst := float(difference.max())) <= self.largest_difference:
+            step = int(np.unravel_index(difference.argmax(), difference.shape)[0])
+            self.largest_difference, self.where = worst, f"{where}, {f'step {step}' if step else 'prefill'}"
+
+
+def check_parity(
+    directory: Path, manifest: Manifest, samples: Samples, base: Path, openers: Sequence[RowOpener]
+) -> ParityReport:
+    """Compares a bundle with transformers and PEFT.
+
+    Args:
+        directory: the bundle; its files are those of `manifest`.
+        manifest: its manifest, whose parity report may still be empty.
+        samples: audio to decode, float32 [n] each at the model's rate, neither silent nor longer than the window.
+        base: local folder of the base checkpoint.
+        openers: the oracle's rows 1 .. K, in the order of the manifest's adapters.
+
+    Raises:
+        ParityError: they disagree, or an adapter changes nothing.
+    """
+    first = manifest.tokens.first_timestamp
+    never = () if first is None else range(first, manifest.dimensions.vocabulary)
+    reference = load_reference(base, openers, never)
+    features = _features(reference, manifest, samples)
+    _log.info("comparing logits of %d rows", manifest.rows)
+    logits = _compare_logits(directory, manifest, reference, features[:_BATCH])
+    _judge_logits(logits)
+    _log.info("comparing tokens on %d samples", len(samples))
+    comparisons = _compare_tokens(directory, manifest, reference, samples, features, TOLERANCE * logits.largest)
+    return ParityReport(
+        max_logit_difference=logits.largest_difference,
+        mean_logit_difference=logits.total_difference / logits.count,
+        largest_logit=logits.largest,
+        tolerance=TOLERANCE,
+        adapter_effects=logits.effects,
+        steps=1 + len(forced_batches(1, 1, manifest.dimensions)[0][0].steps[0]),
+        tokens_compared=sum(item.compared for item in comparisons),
+        tokens_differing=sum(item.differing for item in comparisons),
+        rules=REPLAYED_RULES,
+    )
+
+
+def _features(reference: Reference, manifest: Manifest, samples: Samples) -> NDArray[np.float32]:
+    """The oracle's features [samples, mels, frames], after checking that the runtime's are the same."""
+    expected = np.stack([reference.features(audio, manifest.audio) for audio in samples])
+    ours = LogMel(manifest.audio, manifest.dimensions.mels).batch(samples)
+    if ours.shape != expected.shape:
+        raise ParityError(f"The runtime's features have shape {ours.shape[1:]}, transformers' {expected.shape[1:]}.")
+    if not (difference := float(np.abs(ours - expected).max())) <= _FEATURE_TOLERANCE:
+        raise ParityError(
+            f"The runtime's log-mel features differ from transformers' by {difference:.2g}, at most "
+            f"{_FEATURE_TOLERANCE} was expected. The checkpoint's preprocessor_config.json asks for something that "
+            "das-asr does not compute."
+        )
+    return expected
+
+
+# --- Logits ---
+
+
+def _compare_logits(
+    directory: Path, manifest: Manifest, reference: Reference, features: NDArray[np.float32]
+) -> _Logits:
+    batches = forced_batches(len(features), manifest.rows, manifest.dimensions)
+    graphs = Graphs(directory, manifest.dimensions)
+    ours = [
+        graph_logits(graphs, features[[forced.sample for forced in batch]], batch, manifest.dimensions)
+        for batch in batches
+    ]
+    encoded = reference.encode(features)
+    figures = _Logits()
+    base: list[NDArray[np.float32]] = []
+    for row, name in enumerate(("base", *(entry.name for entry in manifest.adapters))):
+        prefills = []
+        with reference.row(row):
+            for batch, logits in zip(batches, ours, strict=True):
+                for forced, mine in zip(batch, logits[:, row], strict=True):
+                    theirs = _oracle_logits(reference, encoded[forced.sample], forced, row)
+                    figures.add(mine, theirs, f"row {row} ({name}), batch of {len(batch)}, sample {forced.sample + 1}")
+                    prefills.append(theirs[0])
+        base = base or prefills
+        if row:  # behind the prompt, which all rows share
+            figures.effects[name] = max(float(np.abs(a - b).max()) for a, b in zip(prefills, base, strict=True))
+    return figures
+
+
+def _oracle_logits(reference: Reference, encoded: object, forced: Forced, row: int) -> NDArray[np.float32]:
+    """Logits [1 + steps, V] of the open row."""
+    return reference.logits(encoded, forced.history(row), len(forced.prompt) - 1)
+
+
+def _judge_logits(figures: _Logits) -> None:
+    """Raises ParityError unless the difference is small and every adapter's effect is not."""
+    error, allowed = figures.largest_difference, TOLERANCE * figures.largest
+    if not error <= allowed:
+        raise ParityError(
+            f"The exported graphs do not compute what transformers and PEFT compute: logits differ by {error:.3g} at "
+            f"{figures.where}, at most {allowed:.3g} was expected ({TOLERANCE:g} of the largest logit "
+            f"{figures.largest:.3g}). Nothing was exported; please report it with the versions of all packages."
+        )
+    for name, effect in figures.effects.items():
+        if not effect >= _EFFECT * error:
+            raise ParityError(
+                f"Adapter {name!r} changes nothing measurable: it moves the base's logits by {effect:.2g}, the error "
+                f"of the export is {error:.2g}. Was it trained? Leave it out, or give the folder of the trained one."
+            )
+
+
+# --- Tokens ---
+
+
+def _compare_tokens(
+    directory: Path,
+    manifest: Manifest,
+    reference: Reference,
+    samples: Samples,
+    features: NDArray[np.float32],
+    tolerance: float,
+) -> list[Comparison]:
+    """Replays everything that the runtime writes; `tolerance` is that of one logit, absolute."""
+    prompt = _prompt(manifest)
+    limit = min(MAX_TOKENS, manifest.dimensions.text_positions - len(prompt))
+    products = _transcribe(directory, manifest, samples, limit)
+    traces = _replay(reference, features, prompt, products)
+    return [
+        compare(
+            product,
+            oracle,
+            end_of_text=manifest.tokens.end_of_text,
+            limit=limit,
+            tau=manifest.tau,
+            tolerance=tolerance,
+        )
+        for product, oracle in zip(products, traces, strict=True)
+    ]
+
+
+def _prompt(manifest: Manifest) -> list[int]:
+    """What steers the decoder to transcribe without timestamps; in a multilingual model, in its first language."""
+    tokens = manifest.tokens
+    steering = [tokens.start_of_transcript]
+    if tokens.languages and tokens.transcribe is not None:
+        steering += [next(iter(tokens.languages.values())), tokens.transcribe]
+    return steering + ([] if tokens.no_timestamps is None else [tokens.no_timestamps])
+
+
+def _transcribe(directory: Path, manifest: Manifest, samples: Samples, limit: int) -> list[Written]:
+    """Everything the runtime writes: with each rule, the first sample alone and then all of them in batches."""
+    groups = [[0], *([*range(start, min(start + _BATCH, len(samples)))] for start in range(0, len(samples), _BATCH))]
+    products = []
+    with Transcriber.load(directory, verify_files=False) as transcriber:
+        for rule in REPLAYED_RULES:
+            for group in groups:
+                results = transcriber.transcribe_batch(
+                    [samples[index] for index in group],
+                    sample_rate=manifest.audio.sample_rate,
+                    rule=rule,
+                    tau=manifest.tau,
+                    language=next(iter(manifest.tokens.languages), None),
+                    max_tokens=limit,
+                    no_speech_threshold=None,  # the gate is about what is written, also where it would be discarded
+                )
+                pairs = zip(results, group, strict=True)
+                products += [written(result, index, manifest.tokens.end_of_text) for result, index in pairs]
+    return products
+
+
+def _replay(
+    reference: Reference, features: NDArray[np.float32], prompt: Sequence[int], products: Sequence[Written]
+) -> list[list[RowTrace]]:
+    """One trace of every row for each product."""
+    encoded = reference.encode(features)
+    traces: list[list[RowTrace]] = [[] for _ in products]
+    for row in range(reference.rows):
+        with reference.row(row):
+            for product, rows in zip(products, traces, strict=True):
+                rows.append(reference.trace(encoded[product.sample], prompt, product.tokens[row]))
+    return traces

@@ -1,0 +1,108 @@
+"""`das-transcribe`: audio files to text with an exported bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from das_asr.runtime.console import Command, parse_adapters
+from das_asr.runtime.errors import DasError
+from das_asr.runtime.options import DecodingOptions
+from das_asr.runtime.selection import RULES
+
+if TYPE_CHECKING:
+    from das_asr.runtime.results import Transcription
+    from das_asr.runtime.transcriber import Transcriber
+
+__all__ = ["colored_words", "main"]
+
+_COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("files", nargs=-1, required=True, type=click.Path())
+@click.option("--bundle", required=True, type=click.Path(), help="Folder that das-export wrote.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="Plain text, or one JSON object per line with everything known.")
+@click.option("--provenance", is_flag=True, help="Show which adapter chose which word.")
+@click.option("--language", help="Code or English name; detected if the model knows several.")
+@click.option("--task", type=click.Choice(["transcribe", "translate"]), default="transcribe", show_default=True)
+@click.option("--prompt", help="Text that came before, or words to expect.")
+@click.option("--max-tokens", type=int, help="Longest transcription in tokens.")
+@click.option("--adapters", help="Comma-separated names; by default all of the bundle's.")
+@click.option("--load-adapter", "loaded", multiple=True, metavar="NAME=DIR", callback=parse_adapters,
+              help="Add a PEFT LoRA checkpoint as a further row.")
+@click.option("--rule", type=click.Choice(RULES), help="How to choose among the rows; by default the bundle's.")
+@click.option("--tau", type=float, help="Threshold of the rule in probability units.")
+@click.option("--score", type=click.Choice(["mean", "total"]), default="mean", show_default=True,
+              help="How rule hypothesis scores a row's text.")
+@click.option("--base-bias", type=float, default=0.0, show_default=True, help="Nats in favour of the base's text.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=int, help="Threads; by default all cores.")
+@click.version_option(package_name="das-asr")
+def main(
+    files: Sequence[str], bundle: str, form: str, provenance: bool, loaded: dict[str, str], adapters: str | None,
+    device: str, threads: int | None, **choices: Any,
+) -> None:  # fmt: skip
+    """Transcribe FILES: wav, flac, ogg or mp3, at any rate and with any number of channels."""
+    names = None if adapters is None else tuple(name for name in adapters.split(",") if name)
+    options = DecodingOptions(adapters=names, **choices)
+    from das_asr.runtime.transcriber import Transcriber  # after the options: a wrong one is told at once
+
+    with Transcriber.load(bundle, device, threads) as transcriber:
+        for name, directory in loaded.items():
+            transcriber.load_adapter(name, directory)
+        failed = 0
+        for path, outcome in _transcribe_all(transcriber, files, options):
+            if isinstance(outcome, DasError):
+                failed += 1
+                click.echo(f"{path}: {outcome}", err=True)
+            else:
+                click.echo(_render(path, outcome, form, provenance, several=len(files) > 1))
+    if failed:
+        raise click.ClickException(f"{failed} of {len(files)} files could not be transcribed.")
+
+
+def _transcribe_all(
+    transcriber: Transcriber, files: Sequence[str], options: DecodingOptions
+) -> Iterator[tuple[str, Transcription | DasError]]:
+    """Each file's result or error, with a progress bar on a terminal when there are several."""
+    hidden = len(files) < 2 or not click.get_text_stream("stderr").isatty()
+    with click.progressbar(files, label="Transcribing", file=click.get_text_stream("stderr"), hidden=hidden) as bar:
+        for path in bar:
+            try:
+                yield path, transcriber.transcribe(path, options)
+            except DasError as error:
+                yield path, error
+
+
+def _render(path: str, result: Transcription, form: str, provenance: bool, *, several: bool) -> str:
+    if form == "json":
+        return json.dumps({"file": path, **result.to_dict(), "rtf": result.rtf}, ensure_ascii=False)
+    text = colored_words(result) if provenance else result.text
+    line = f"{path}: {text}" if several else text
+    return f"{line}\n{_legend(result)}" if provenance else line
+
+
+def colored_words(result: Transcription) -> str:
+    """The text with the words that the base would not have written in their adapter's colour, tagged [adapter]."""
+    return "".join(_colored(word.word, word.adapter, result.rows, word.differs_from_base) for word in result.words).strip()
+
+
+def _colored(word: str, adapter: str, rows: Sequence[str], differs: bool) -> str:
+    if not differs:
+        return word
+    color = _COLORS[(rows.index(adapter) - 1) % len(_COLORS)] if adapter != rows[0] else None
+    return word[: len(word) - len(word.lstrip())] + click.style(f"{word.lstrip()}[{adapter}]", fg=color)
+
+
+def _legend(result: Transcription) -> str:
+    """Who won, and how sure each row was."""
+    if result.adapter is not None:
+        scores = ", ".join(f"{item.adapter} {item.score:.3f}" for item in result.hypotheses)
+        return f"  {result.rule}: {result.adapter} wins ({scores})"
+    shares = {name: sum(word.adapter == name for word in result.words) for name in result.rows}
+    return f"  {result.rule}, tau {result.tau:g}: words by row " + ", ".join(f"{k} {v}" for k, v in shares.items())

@@ -1,0 +1,62 @@
+"""Bundles without the parity gate, in a fraction of a second; that the graphs are right is what other tests prove.
+
+bundle = make_bundle(base, {"music": adapter}, tmp_path / "bundle")
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from das_asr.export.checkpoint import load_checkpoint
+from das_asr.export.onnx import opset, write_graphs
+from das_asr.runtime.adapters import Adapter, read_adapter, save_adapter, stack_adapters
+from das_asr.runtime.manifest import (
+    SCHEMA_VERSION,
+    AdapterEntry,
+    BaseModel,
+    Manifest,
+    sha256_of,
+    write_manifest,
+)
+from das_asr.runtime.tokenizer import special_tokens
+
+
+def make_bundle(base: Path, adapters: Mapping[str, Path], output: Path, *, rule: str = "hypothesis") -> Path:
+    """Exports `base` with `adapters` in their order and returns `output`."""
+    checkpoint = load_checkpoint(base)
+    dims = checkpoint.dimensions
+    read = [read_adapter(directory, name, dims) for name, directory in adapters.items()]
+    (output / "adapters").mkdir(parents=True)
+    write_graphs(checkpoint, dims, stack_adapters(read, dims), output, {})
+    shutil.copyfile(base / "tokenizer.json", output / "tokenizer.json")
+    entries = tuple(_entry(adapter, output) for adapter in read)
+    files = {path.relative_to(output).as_posix(): sha256_of(path) for path in output.rglob("*") if path.is_file()}
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        base=BaseModel(str(base), None, checkpoint.sha256),
+        dimensions=dims,
+        audio=checkpoint.audio,
+        tokens=special_tokens(base / "tokenizer.json", checkpoint.generation_config, checkpoint.config),
+        adapters=entries,
+        rule=rule,
+        tau=0.025,
+        suppress_tokens=checkpoint.suppress_tokens,
+        begin_suppress_tokens=checkpoint.begin_suppress_tokens,
+        precisions=("fp32",),
+        opset=opset(),
+        tools={},
+        parity={},
+        files=files,
+        created="2024-01-01T00:00:00Z",
+    )
+    write_manifest(manifest, output)
+    return output
+
+
+def _entry(adapter: Adapter, output: Path) -> AdapterEntry:
+    path = output / "adapters" / f"{adapter.name}.safetensors"
+    save_adapter(adapter, path)
+    targets = tuple(adapter.target_modules)
+    return AdapterEntry(adapter.name, adapter.rank, adapter.scale, targets, sha256_of(path), adapter.base_model)
