@@ -73,7 +73,7 @@ def run_free(options: FreeOptions, log: Callable[[str], None]) -> dict[str, Any]
     from das_asr.runtime.manifest import read_manifest
 
     manifest = read_manifest(options.bundle)
-    clips = [load_audio(path, None, target_rate=SAMPLE_RATE) for path in options.files()]
+    clips = [load_audio(path, target_rate=SAMPLE_RATE) for path in options.files()]
     log(f"{len(clips)} files to their true length")
     work = Work(resolve_model(options.model), (), None, threads=options.threads, bundle=options.bundle)
     with quiet_libraries(), hold_threads(options.threads), contextlib.ExitStack() as stack:

@@ -46,7 +46,7 @@ SAMPLE_RATE = 16_000  # Hz, of every Whisper
 HOP = 160  # samples between two mel frames; two frames make one encoder position
 
 # Found by trial: with less, the tied embedding makes the last token win again and again, whatever the audio.
-LINEAR_GAIN = 3.0  # standard deviation of linear weights, times the root of d_model
+LINEAR_GAIN = 2.0  # standard deviation of linear weights, times the root of d_model
 POSITION_SPREAD = 2.0  # standard deviation of the decoder's position embeddings
 LOGIT_SPREAD = 4.0  # standard deviation of the logits: the winner is then about as sure as a trained model's
 SPECIAL_SHRINK = 1e-3

@@ -6,9 +6,7 @@ and values are outputs of the encoder graph, the selection rule is part of the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +25,9 @@ if TYPE_CHECKING:
 
     from das_asr.runtime.adapters import Stack
 
-__all__ = ["OursSystem", "TimedBackend", "export_for"]
+__all__ = ["OursSystem", "TimedBackend"]
 
 RULES = {"das": "paper", "das-hypothesis": "hypothesis"}
-
-
-def export_for(checkpoint: Path, adapters: Sequence[Path], folder: Path) -> Path:
-    """Exports a base with its adapters, parity gate included, as a user would."""
-    from das_asr.export.bundle import export_bundle
-    from das_asr.export.options import AdapterSource, ExportOptions
-
-    sources = tuple(AdapterSource(path.name, path) for path in adapters)
-    export_bundle(ExportOptions(base=str(checkpoint), output=folder, adapters=sources))
-    return folder
 
 
 class TimedBackend:

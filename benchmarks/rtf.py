@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from das_asr.benchmarks.bundles import bundle_for
 from das_asr.benchmarks.machine import hold_threads, quiet_libraries
 from das_asr.benchmarks.memory import measure_memory
 from das_asr.benchmarks.models import (
@@ -28,7 +28,6 @@ from das_asr.benchmarks.models import (
     read_json,
     resolve_model,
 )
-from das_asr.benchmarks.ours import export_for
 from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK, System, Work, open_system, system_names
 from das_asr.benchmarks.timing import Utterance, summarize
 from das_asr.runtime.errors import OptionError
@@ -76,13 +75,12 @@ def run_rtf(options: RtfOptions, log: Log) -> dict[str, Any]:
         _check_length(checkpoint, options.tokens)
         for rank in options.ranks:
             for domains in options.domains:
+                log(f"{domains} domains, rank {rank}")
+                adapters = tuple(adapter_folders(checkpoint, rank, domains))
                 # A bundle for each number of domains: a larger one's tensors would count as this one's memory.
-                with tempfile.TemporaryDirectory(prefix="das-bench-") as scratch:
-                    adapters = tuple(adapter_folders(checkpoint, rank, domains))
-                    log(f"{domains} domains, rank {rank}: exporting")
-                    bundle = export_for(checkpoint, adapters, Path(scratch) / "bundle")
-                    work = Work(checkpoint, adapters, options.tokens, options.tau, options.threads, bundle)
-                    records += _compare(work, rank, options, log)
+                bundle = bundle_for(checkpoint, adapters, rank, log)
+                work = Work(checkpoint, adapters, options.tokens, options.tau, options.threads, bundle)
+                records += _compare(work, rank, options, log)
         seconds = len(window_audio(checkpoint)) / SAMPLE_RATE
     return {"window_seconds": seconds, "runs": records}
 

@@ -1,8 +1,8 @@
 """A thin writer of ONNX graphs: readable names, weights streamed to one external file, nothing hidden.
 
-The graphs are written node by node instead of being traced, because then every node and weight carries the name a reader
-of the checkpoint expects, shapes stay symbolic without guesses, and the layout that the runtime needs is exactly the
-layout that is written. `graph.py`, `decoder.py` and `selection.py` hold the mathematics.
+The graphs are written node by node instead of being traced, because then every node and weight carries the name a
+reader of the checkpoint expects, shapes stay symbolic without guesses, and the layout that the runtime needs is exactly
+the layout that is written. `graph.py`, `decoder.py` and `selection.py` hold the mathematics.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class GraphBuilder:
     def output(self, spec: TensorSpec, value: Value, doc: str = "") -> None:
         """Declares `value` as a graph output under the contract's name.
 
-        The tensor itself is renamed when the model is made: an Identity node would copy a tensor that has other readers.
+        The tensor itself is renamed when the model is made: an Identity node would copy one that has other readers.
         """
         self._claim(spec.name)
         self._renamed[value] = spec.name

@@ -28,7 +28,7 @@ from das_asr.export.clips import load_clips
 from das_asr.export.onnx import check_adapters_used, opset, write_graphs
 from das_asr.export.options import AdapterSource, ExportOptions
 from das_asr.export.staging import check_target, staged
-from das_asr.runtime.adapters import Adapter, read_adapter, save_adapter, stack_adapters
+from das_asr.runtime.adapters import Adapter, save_adapter, stack_adapters
 from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import (
     MANIFEST_NAME,
@@ -41,6 +41,8 @@ from das_asr.runtime.manifest import (
     sha256_of,
     write_manifest,
 )
+from das_asr.runtime.peft_checkpoint import read_adapter
+from das_asr.runtime.peft_checkpoint import read_adapter
 from das_asr.runtime.tokenizer import special_tokens
 
 __all__ = ["export_bundle"]

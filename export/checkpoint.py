@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from das_asr.runtime.adapters import TensorFile
 from das_asr.runtime.errors import CheckpointError
 from das_asr.runtime.manifest import AudioFrontEnd, Dimensions
+from das_asr.runtime.tensor_file import TensorFile
 
 __all__ = ["Checkpoint", "expected_tensors", "load_checkpoint", "tokenizer_json"]
 

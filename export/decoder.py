@@ -254,20 +254,17 @@ def _logits(
     zero = g.constant("zero", 0)
     index = g.op("Max", ahead, zero, name="read_index")
     index = g.op("Reshape", index, g.constant("to_batch_4d", [-1, 1, 1, 1]), name="read_index_4d")
-    shape = g.op(
-        "Concat", g.op("Shape", x, name="outer", start=0, end=2), g.constant("one", [1]),
-        g.constant("width", [dims.d_model]), name="read_shape", axis=0,
-    )  # fmt: skip
+    outer = g.op("Shape", x, name="outer", start=0, end=2)
+    one_wide = (g.constant("one", [1]), g.constant("width", [dims.d_model]))
+    shape = g.op("Concat", outer, *one_wide, name="read_shape", axis=0)
     current = g.op("GatherElements", x, g.op("Expand", index, shape, name="read_at"), name="current", axis=2)
     normed = layer_norm(g, source, "model.decoder.layer_norm", current)
     # Gemm on the very initializer that Gather reads: a 3-D product would store a second, transposed copy of it.
     flat = g.op("Reshape", normed, g.constant("flat_rows", [-1, dims.d_model]), name="flat_rows")
     table = g.weight("model.decoder.embed_tokens.weight", source.weight("model.decoder.embed_tokens.weight"))
     flat = g.op("Gemm", flat, table, name="lm_head", transB=1)
-    rows = g.op(
-        "Concat", g.op("Shape", inputs["ids"], name="lead", start=0, end=2), g.constant("vocabulary", [dims.vocabulary]),
-        name="logits_shape", axis=0,
-    )  # fmt: skip
+    lead = g.op("Shape", inputs["ids"], name="lead", start=0, end=2)
+    rows = g.op("Concat", lead, g.constant("vocabulary", [dims.vocabulary]), name="logits_shape", axis=0)
     return g.op("Reshape", flat, rows, name="logits"), g.op("GreaterOrEqual", ahead, zero, name="is_first")
 
 

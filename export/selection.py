@@ -2,8 +2,8 @@
 
 The rule is the paper's Eq. 3 read literally: with c_i the largest softmax value of row i, the most confident row
 chooses if max_i c_i - c_0 >= tau; else the least confident row if min_i c_i - c_0 <= -tau; else row 0. Ties go to the
-lowest row. `gain` keeps the first condition only, `deviation-max` lets the most confident row choose under either. Rows outside
-`row_mask` enter neither maximum nor minimum.
+lowest row. `gain` keeps the first condition only, `deviation-max` lets the most confident row choose under either.
+Rows outside `row_mask` enter neither maximum nor minimum.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from das_asr.runtime.adapters import Adapter, check_names, load_adapter, read_adapter, stack_adapters
+from das_asr.runtime.adapters import Adapter, check_names, load_adapter, stack_adapters
 from das_asr.runtime.backends.base import Backend, LoadedStack
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import Manifest
+from das_asr.runtime.peft_checkpoint import read_adapter
 from das_asr.runtime.results import BASE
 
 __all__ = ["AdapterSet", "AdapterSets"]

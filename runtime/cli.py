@@ -25,20 +25,37 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("files", nargs=-1, required=True, type=click.Path())
 @click.option("--bundle", required=True, type=click.Path(), help="Folder that das-export wrote.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True,
-              help="Plain text, or one JSON object per line with everything known.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Plain text, or one JSON object per line with everything known.",
+)
 @click.option("--provenance", is_flag=True, help="Show which adapter chose which word.")
 @click.option("--language", help="Code or English name; detected if the model knows several.")
 @click.option("--task", type=click.Choice(["transcribe", "translate"]), default="transcribe", show_default=True)
 @click.option("--prompt", help="Text that came before, or words to expect.")
 @click.option("--max-tokens", type=int, help="Longest transcription in tokens.")
 @click.option("--adapters", help="Comma-separated names; by default all of the bundle's.")
-@click.option("--load-adapter", "loaded", multiple=True, metavar="NAME=DIR", callback=parse_adapters,
-              help="Add a PEFT LoRA checkpoint as a further row.")
+@click.option(
+    "--load-adapter",
+    "loaded",
+    multiple=True,
+    metavar="NAME=DIR",
+    callback=parse_adapters,
+    help="Add a PEFT LoRA checkpoint as a further row.",
+)
 @click.option("--rule", type=click.Choice(RULES), help="How to choose among the rows; by default the bundle's.")
 @click.option("--tau", type=float, help="Threshold of the rule in probability units.")
-@click.option("--score", type=click.Choice(["mean", "total"]), default="mean", show_default=True,
-              help="How rule hypothesis scores a row's text.")
+@click.option(
+    "--score",
+    type=click.Choice(["mean", "total"]),
+    default="mean",
+    show_default=True,
+    help="How rule hypothesis scores a row's text.",
+)
 @click.option("--base-bias", type=float, default=0.0, show_default=True, help="Nats in favour of the base's text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=int, help="Threads; by default all cores.")
@@ -89,7 +106,9 @@ def _render(path: str, result: Transcription, form: str, provenance: bool, *, se
 
 def colored_words(result: Transcription) -> str:
     """The text with the words that the base would not have written in their adapter's colour, tagged [adapter]."""
-    return "".join(_colored(word.word, word.adapter, result.rows, word.differs_from_base) for word in result.words).strip()
+    return "".join(
+        _colored(word.word, word.adapter, result.rows, word.differs_from_base) for word in result.words
+    ).strip()
 
 
 def _colored(word: str, adapter: str, rows: Sequence[str], differs: bool) -> str:

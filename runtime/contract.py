@@ -1,8 +1,8 @@
 """The graph contract: every name, shape and dtype that crosses between the exported graphs and the runtime.
 
-Symbols: B utterances, R rows (row 0 is the base, row i is base + adapter i), n new tokens of this call, T cached tokens,
-r LoRA rank of the stack, V vocabulary, D model width, H decoder heads, d = D / H, S encoder positions of one window,
-L decoder layers. Symbolic dimensions are strings (`batch`, `rows`, `new`, `past`, `total`, `rank`).
+Symbols: B utterances, R rows (row 0 is the base, row i is base + adapter i), n new tokens of this call, T cached
+tokens, r LoRA rank of the stack, V vocabulary, D model width, H decoder heads, d = D / H, S encoder positions of one
+window, L decoder layers. Symbolic dimensions are strings (`batch`, `rows`, `new`, `past`, `total`, `rank`).
 
 The exporter declares its graphs from these lists and the runtime binds by them, so neither can drift from the other.
 """
@@ -57,7 +57,8 @@ def lora_specs(dims: Dimensions) -> Iterator[TensorSpec]:
     """Adapter tensors of the whole stack, in the layout the graphs take them; the LoRA scale is folded into B.
 
     `lora_{sq,sv,cq,cv}_a{l}` [R, D, r]; `lora_{sq,sv,cq}_b{l}` [R, r, D]; `lora_cv_b{l}` [R, H, r, d], split by head
-    because it is applied after the attention weights. `lora_cv_a{l}` belong to the encoder graph, the rest to the decoder.
+    because it is applied after the attention weights. `lora_cv_a{l}` belong to the encoder graph, the rest to the
+    decoder.
     """
     for layer in range(dims.decoder_layers):
         for target in TARGETS:
@@ -106,9 +107,10 @@ def decoder_inputs(dims: Dimensions) -> list[TensorSpec]:
 
     `ids` [B, R, n]: new tokens, each row its own. `position` [B]: position of the first of them in the utterance's own
     history (negative where a shorter prompt is padded on the left). `first_valid` [B]: first cache slot that is not
-    padding. `prompt_last` [B]: position of the last prompt token; at or before it the step is a prefill whose logits are
-    read there, and the first-step bias applies. `token_bias` [B, V] is added to every row's logits before the softmax,
-    `first_token_bias` [B, V] on top of it where the first token after the prompt is chosen: 0 or `SUPPRESSED`. `row_mask` [B, R]: True where a row takes part in the selection.
+    padding. `prompt_last` [B]: position of the last prompt token; at or before it the step is a prefill whose logits
+    are read there, and the first-step bias applies. `token_bias` [B, V] is added to every row's logits before the
+    softmax, `first_token_bias` [B, V] on top of it where the first token after the prompt is chosen: 0 or
+    `SUPPRESSED`. `row_mask` [B, R]: True where a row takes part in the selection.
     """
     vocab = dims.vocabulary
     cache = ("batch", "rows", dims.decoder_heads, "past", dims.head_size)
@@ -133,7 +135,8 @@ def decoder_outputs(dims: Dimensions) -> list[TensorSpec]:
 
     `next_ids` [B, R, 1] is bound as the next step's `ids`: the selected token in every row, or with own history each
     row's candidate. `row` [B]: the row that chose. `candidate`, `logprob` [B, R]: each row's best token and its natural
-    log-probability after suppression. `logits` [B, R, V]: before suppression; declared always, bound only when asked for.
+    log-probability after suppression. `logits` [B, R, V]: before suppression; declared always, bound only when asked
+    for.
     """
     cache = ("batch", "rows", dims.decoder_heads, "total", dims.head_size)
     return [

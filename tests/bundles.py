@@ -11,7 +11,7 @@ from pathlib import Path
 
 from das_asr.export.checkpoint import load_checkpoint
 from das_asr.export.onnx import opset, write_graphs
-from das_asr.runtime.adapters import Adapter, read_adapter, save_adapter, stack_adapters
+from das_asr.runtime.adapters import Adapter, save_adapter, stack_adapters
 from das_asr.runtime.manifest import (
     SCHEMA_VERSION,
     AdapterEntry,
@@ -20,6 +20,7 @@ from das_asr.runtime.manifest import (
     sha256_of,
     write_manifest,
 )
+from das_asr.runtime.peft_checkpoint import read_adapter
 from das_asr.runtime.tokenizer import special_tokens
 
 

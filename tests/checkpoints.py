@@ -118,15 +118,8 @@ def make_base(
 
     Args:
         directory: made if need be.
-        encoder_layers: of the encoder.
-        decoder_layers: of the decoder.
-        d_model: width D.
-        heads: decoder heads, and those of the encoder unless `encoder_heads` says otherwise.
-        encoder_heads: encoder heads.
-        ffn: width of both feed-forward layers; 4 D without it.
-        mels: mel bins, 80 or 128.
+        encoder_heads, ffn: as the decoder's and 4 D without them.
         seconds: length of one window.
-        text_positions: longest token history.
         vocabulary: its size; without it as large as 40 merges need.
         multilingual: False gives the generation config of an English-only checkpoint (the language tokens stay).
         timestamps: whether the vocabulary ends with timestamp tokens.
@@ -134,26 +127,17 @@ def make_base(
         begin_suppress_tokens: the same for the first token; None means a blank and end-of-text, as in real checkpoints.
         dtype: "float32", "float16" or "bfloat16".
         shard: largest shard, e.g. "200KB"; None writes one file.
-        seed: of the weights.
     """
     import torch
     from transformers import WhisperForConditionalGeneration
 
     directory.mkdir(parents=True, exist_ok=True)
     tokens = make_tokenizer(directory, seconds, vocabulary, timestamps)
-    config = _config(
-        tokens,
-        num_mel_bins=mels,
-        d_model=d_model,
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
-        encoder_attention_heads=encoder_heads or heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=ffn or 4 * d_model,
-        decoder_ffn_dim=ffn or 4 * d_model,
-        max_source_positions=seconds * 50,
-        max_target_positions=text_positions,
-    )
+    sizes = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers, "d_model": d_model}
+    sizes |= {"encoder_attention_heads": encoder_heads or heads, "decoder_attention_heads": heads}
+    sizes |= {"encoder_ffn_dim": ffn or 4 * d_model, "decoder_ffn_dim": ffn or 4 * d_model, "num_mel_bins": mels}
+    sizes |= {"max_source_positions": seconds * 50, "max_target_positions": text_positions}
+    config = _config(tokens, **sizes)
     with quiet():
         model = _random_model(WhisperForConditionalGeneration, config, seed)
         options = {} if shard is None else {"max_shard_size": shard}
@@ -277,19 +261,10 @@ def make_adapter(
     """Writes a PEFT LoRA checkpoint with random, visible weights through PEFT's own `save_pretrained`.
 
     Args:
-        base: folder from `make_base`.
-        directory: where to save.
-        rank: r.
-        alpha: lora_alpha.
-        rslora: scale by alpha / sqrt(r).
-        targets: PEFT's target_modules.
-        seed: of the weights.
+        rank, alpha, rslora, targets, init: PEFT's r, lora_alpha, use_rslora, target_modules and init_lora_weights.
         scale_b: standard deviation of B times sqrt(r); 0 makes an adapter that changes nothing.
         dtype: of the saved tensors.
-        rank_pattern: ranks of some modules.
-        alpha_pattern: alphas of some modules.
-        init: PEFT's init_lora_weights; "pissa" and "olora" change the base.
-        convert: whether such an adapter is converted to a plain LoRA when saved.
+        convert: whether "pissa" and "olora", which change the base, are converted to a plain LoRA when saved.
         wrap: transformers class that PEFT wraps; "WhisperModel" gives other tensor names.
         config: further fields of LoraConfig.
     """

@@ -22,13 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from das_asr.runtime import adapters as module
 from das_asr.runtime.adapters import (
-    SUPPORTED_MODULES,
     Adapter,
-    AdapterWarning,
     Stack,
     check_names,
     load_adapter,
-    read_adapter,
     save_adapter,
     select_rows,
     stack_adapters,
@@ -36,6 +33,7 @@ from das_asr.runtime.adapters import (
 from das_asr.runtime.contract import TARGETS, lora_specs
 from das_asr.runtime.errors import AdapterError, BundleError, OptionError
 from das_asr.runtime.manifest import Dimensions
+from das_asr.runtime.peft_checkpoint import SUPPORTED_MODULES, AdapterWarning, read_adapter
 from tests.checkpoints import DECODER_TARGETS, edit_config, make_adapter, make_base, quiet
 
 Array = npt.NDArray[np.float32]
@@ -216,7 +214,7 @@ def test_what_an_adapter_says_about_itself(base: Path, tmp_path: Path) -> None:
 
 def test_reading_needs_neither_torch_nor_peft(plain: Path) -> None:
     code = (
-        "import sys; from das_asr.runtime.adapters import read_adapter\n"
+        "import sys; from das_asr.runtime.peft_checkpoint import read_adapter\n"
         "from das_asr.runtime.manifest import Dimensions\n"
         f"read_adapter({str(plain)!r}, 'x', Dimensions(**{dataclasses.asdict(DIMS)!r}))\n"
         "assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
@@ -348,7 +346,9 @@ def test_fields_that_say_nothing_about_inference_may_have_any_value(broken: Path
 def test_every_field_of_the_installed_peft_is_classified_once() -> None:
     from peft import LoraConfig
 
-    tables = [module._INTERPRETED, module._IRRELEVANT, frozenset(module._REFUSED)]
+    from das_asr.runtime import lora_config
+
+    tables = [lora_config._INTERPRETED, lora_config._IRRELEVANT, frozenset(lora_config._REFUSED)]
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     assert fields - frozenset().union(*tables) == set()
     assert sum(map(len, tables)) == len(frozenset().union(*tables))

@@ -276,6 +276,14 @@ def test_wav_header_that_promises_too_much(size: int) -> None:
         load_audio(wav_claiming(size))
 
 
+def test_wav_that_is_cut_off_after_other_chunks() -> None:
+    whole = wav_claiming(2 * RATE)
+    odd = whole[:36] + b"note" + struct.pack("<I", 3) + b"abc\0" + whole[36:]  # chunks are padded to even sizes
+    assert len(load_audio(odd)) == RATE
+    with pytest.raises(AudioError, match="cut off"):
+        load_audio(odd[:-100])
+
+
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000])
 def test_wav_of_unknown_length_as_pipes_have(size: int) -> None:
     assert len(load_audio(wav_claiming(size))) == RATE

@@ -47,7 +47,7 @@ def long_voice() -> NDArray[np.float32]:
     time = np.arange(30 * RATE) / RATE
     phase = 2 * np.pi * (120 * time + 3 * np.sin(2 * np.pi * 0.7 * time))
     buzz = sum(np.sin(harmonic * phase + harmonic) / harmonic for harmonic in range(1, 40))
-    return (0.1 * buzz * (1 + np.sin(2 * np.pi * 3 * time)) + 0.01 * noise(len(time))).astype(np.float32)
+    return np.asarray(0.1 * buzz * (1 + np.sin(2 * np.pi * 3 * time)) + 0.01 * noise(len(time)), np.float32)
 
 
 SOUNDS = {

@@ -1,0 +1,84 @@
+"""Bundles for the benchmark, exported as a user would and kept in the cache.
+
+The parity gate of an export replays every row in PyTorch, which takes minutes with many rows. A cached bundle is used
+again only as long as the base, the adapters and the code that made it are byte for byte the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from das_asr.benchmarks.models import SAMPLE_RATE, cache_root
+from das_asr.runtime.manifest import MANIFEST_NAME, sha256_of
+
+__all__ = ["bundle_for"]
+
+CLIP_SECONDS = 2
+
+
+def bundle_for(
+    checkpoint: Path, adapters: Sequence[Path], rank: int, log: Callable[[str], None], cache: Path | None = None
+) -> Path:
+    """The bundle of a base and its adapters, exported on first use.
+
+    Args:
+        checkpoint: The base.
+        adapters: PEFT folders in the order of the rows.
+        rank: Of the adapters; with their number it names the bundle.
+        log: Told before an export begins.
+        cache: Folder to keep bundles in instead of the user's.
+    """
+    folder = (cache or cache_root()) / "bundles"
+    prefix = f"{checkpoint.name}-k{len(adapters)}-r{rank}-"
+    bundle = folder / (prefix + _digest(checkpoint, adapters))
+    if (bundle / MANIFEST_NAME).is_file():
+        return bundle
+    folder.mkdir(parents=True, exist_ok=True)
+    # One bundle of a kind: each is hundreds of megabytes, and an outdated one is never used again.
+    for outdated in folder.glob(f"{prefix}*"):
+        shutil.rmtree(outdated)
+    log(f"exporting {len(adapters)} adapters of rank {rank}, kept in {folder}")
+    _export(checkpoint, adapters, bundle)
+    return bundle
+
+
+def _export(checkpoint: Path, adapters: Sequence[Path], output: Path) -> None:
+    from das_asr.export.bundle import export_bundle
+    from das_asr.export.options import AdapterSource, ExportOptions
+
+    sources = tuple(AdapterSource(path.name, path) for path in adapters)
+    with tempfile.TemporaryDirectory() as scratch:
+        # One short clip: all tokens are compared again when the systems run.
+        samples = (_clip(Path(scratch) / "clip.wav"),)
+        export_bundle(ExportOptions(base=str(checkpoint), output=output, adapters=sources, sample_audio=samples))
+
+
+def _clip(path: Path) -> Path:
+    import numpy as np
+    import soundfile
+
+    time = np.arange(CLIP_SECONDS * SAMPLE_RATE) / SAMPLE_RATE
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * 220 * time) * np.sin(5 * time), SAMPLE_RATE)
+    return path
+
+
+def _digest(checkpoint: Path, adapters: Sequence[Path]) -> str:
+    """Of everything that decides what is in the bundle: weights, settings, and the code of exporter and runtime."""
+    import das_asr.export
+    import das_asr.runtime
+
+    code = [folder for package in (das_asr.export, das_asr.runtime) for folder in map(Path, package.__path__)]
+    files = [path for folder in code for path in folder.rglob("*.py")]
+    files += [path for folder in (checkpoint, *adapters) for path in folder.iterdir() if path.is_file()]
+    return _sha256(sorted(files))[:12]
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0{sha256_of(path)}\0".encode())
+    return digest.hexdigest()
