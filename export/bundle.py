@@ -42,7 +42,6 @@ from das_asr.runtime.manifest import (
     write_manifest,
 )
 from das_asr.runtime.peft_checkpoint import read_adapter
-from das_asr.runtime.peft_checkpoint import read_adapter
 from das_asr.runtime.tokenizer import special_tokens
 
 __all__ = ["export_bundle"]

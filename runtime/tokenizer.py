@@ -89,8 +89,9 @@ class Tokenizer:
         return cls(_read(Path(path), BundleError), special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, no special tokens added and none recognised in it."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text, no special tokens added and none recognised in it; half a surrogate pair becomes U+FFFD."""
+        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = self._backend.encode(valid, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Ids) -> str:
