@@ -51,6 +51,7 @@ class Baseline(ABC):
         from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
         self.work = work
+        torch.set_num_threads(work.threads)
         self.model: Any = WhisperForConditionalGeneration.from_pretrained(
             work.checkpoint, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
@@ -197,7 +198,7 @@ class MixedBatch(PeftBaseline):
         `PeftModel.generate` opens the same context once per call; `PeftModel.forward` would open it at every step.
         """
         context: contextlib.AbstractContextManager[None] = self.peft._enable_peft_forward_hooks(
-            adapter_names=["__base__", *self._names]
+            adapter_names=[*self._names, "__base__"]
         )
         return context
 

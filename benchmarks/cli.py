@@ -59,29 +59,27 @@ def main() -> None:
 @click.option("--threads", default=1, show_default=True, help="With 1 the process is pinned to one core.")
 @click.option("--repeats", default=10, show_default=True, help="Interleaved repeats that count.")
 @click.option("--warmup", default=2, show_default=True, help="Repeats before them that do not.")
+@click.option("--spinning/--no-spinning", default=False, show_default=True, help="Let the runtime's threads spin.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, each system in a process.")
 @click.option("--audio", multiple=True, type=FILE, help="File or folder to decode to its true length; repeatable.")
 @click.option("--bundle", type=FILE, help="Exported bundle of --model, for --audio.")
 @click.option("--output", "-o", required=True, type=OUTPUT, help="JSON file to write.")
 @_reported
-def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, threads: int, **options: Any) -> None:
+def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: Any) -> None:
     """Real-time factor over the number of domains, and over real audio."""
-    from das_asr.benchmarks.machine import describe_machine, describe_run, limit_threads
+    from das_asr.benchmarks.free import FreeOptions
+    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.rtf import RtfOptions
+    from das_asr.benchmarks.worker import run_task
 
     if not output.parent.is_dir():
         raise OptionError(f"--output {output}: there is no folder {output.parent}. Make it first.")
-    # Thread pools read the environment when their library loads, so this comes before the imports below.
-    limit_threads(threads)
-    from das_asr.benchmarks.free import FreeOptions, run_free
-    from das_asr.benchmarks.rtf import RtfOptions, run_rtf
-
-    chosen = RtfOptions(threads=threads, **options)
-    measured = {"model": chosen.model, "threads": threads, "repeats": chosen.repeats, "warmup": chosen.warmup}
-    free = FreeOptions.of(audio, bundle, **measured)
-    result = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
-    result |= {"arguments": {**dataclasses.asdict(chosen), "audio": len(audio)}}
-    result |= run_rtf(chosen, _log)
-    result["free_running"] = run_free(free, _log) if free else None
+    chosen = RtfOptions(**options)
+    free = FreeOptions.of(audio, bundle, chosen)
+    before = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
+    specification = {"rtf": dataclasses.asdict(chosen), "free": free and dataclasses.asdict(free)}
+    measured = run_task("rtf", specification, chosen.threads)
+    result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
     _write(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     click.echo(json.dumps({"output": str(output), "runs": len(result["runs"])}))
 
@@ -111,8 +109,19 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
         click.echo(render_report(data), nl=False)
 
 
-def _log(line: str) -> None:
-    click.echo(line, err=True)
+@main.command()
+@click.argument("bundle", type=FILE)
+@click.option("--base", required=True, type=FILE, help="Checkpoint that the bundle was exported from.")
+@click.option("--clips", required=True, type=FILE, help="Folder with audio and a metadata.jsonl.")
+@_reported
+def demo(bundle: Path, base: Path, clips: Path) -> None:
+    """Spoken sentences through several rules, with word error rates and speed beside PyTorch."""
+    from das_asr.benchmarks.machine import quiet_libraries
+    from das_asr.benchmarks.showcase import read_clips, run_demo
+
+    spoken = read_clips(clips)
+    with quiet_libraries():
+        run_demo(bundle, base, spoken, click.echo)
 
 
 def _write(path: Path, text: str) -> None:
@@ -120,3 +129,7 @@ def _write(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+if __name__ == "__main__":
+    main()

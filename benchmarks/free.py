@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from das_asr.benchmarks.machine import hold_threads, quiet_libraries
+from das_asr.benchmarks.machine import pinned, quiet_libraries
 from das_asr.benchmarks.models import SAMPLE_RATE, resolve_model
 from das_asr.benchmarks.systems import YARDSTICK, System, Work, open_system
 from das_asr.benchmarks.timing import summarize
@@ -21,6 +21,8 @@ from das_asr.runtime.errors import OptionError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from das_asr.benchmarks.rtf import RtfOptions
 
 __all__ = ["FreeOptions", "run_free"]
 
@@ -40,10 +42,11 @@ class FreeOptions:
     threads: int = 1
     repeats: int = 10
     warmup: int = 2
+    spinning: bool = False
 
     @classmethod
-    def of(cls, audio: Sequence[Path], bundle: Path | None, **options: Any) -> FreeOptions | None:
-        """None where no audio was given.
+    def of(cls, audio: Sequence[Path], bundle: Path | None, like: RtfOptions) -> FreeOptions | None:
+        """The same model, threads and repeats as the forced part; None where no audio was given.
 
         Raises:
             OptionError: audio without a bundle, or a bundle without audio.
@@ -54,7 +57,12 @@ class FreeOptions:
             raise OptionError(
                 "--audio and --bundle belong together: give the audio and the exported bundle of --model."
             )
-        return cls(bundle=bundle, audio=tuple(audio), **options)
+        return cls(like.model, bundle, tuple(audio), like.threads, like.repeats, like.warmup, like.spinning)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> FreeOptions:
+        """From the JSON form of `dataclasses.asdict`."""
+        return cls(**{**data, "bundle": Path(data["bundle"]), "audio": tuple(map(Path, data["audio"]))})
 
     def files(self) -> list[Path]:
         """The audio files, folders opened and sorted."""
@@ -75,8 +83,15 @@ def run_free(options: FreeOptions, log: Callable[[str], None]) -> dict[str, Any]
     manifest = read_manifest(options.bundle)
     clips = [load_audio(path, target_rate=SAMPLE_RATE) for path in options.files()]
     log(f"{len(clips)} files to their true length")
-    work = Work(resolve_model(options.model), (), None, threads=options.threads, bundle=options.bundle)
-    with quiet_libraries(), hold_threads(options.threads), contextlib.ExitStack() as stack:
+    work = Work(
+        resolve_model(options.model),
+        (),
+        None,
+        threads=options.threads,
+        bundle=options.bundle,
+        spinning=options.spinning,
+    )
+    with quiet_libraries(), pinned(options.threads), contextlib.ExitStack() as stack:
         systems = {name: open_system(name, work) for name in SYSTEMS}
         for system in systems.values():
             stack.callback(system.close)

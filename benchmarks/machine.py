@@ -14,12 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from das_asr.runtime.errors import OptionError
-
-__all__ = ["describe_machine", "describe_run", "hold_threads", "limit_threads", "package_versions", "quiet_libraries"]
+__all__ = ["describe_machine", "describe_run", "package_versions", "pinned", "quiet_libraries", "usable_cores"]
 
 PACKAGES = ("das-asr", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
-POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -30,7 +27,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "usable_cores": len(_usable_cores()),
+        "usable_cores": len(usable_cores()),
         "memory_gib": round(memory.total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -57,38 +54,29 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def limit_threads(threads: int) -> None:
-    """Sizes the thread pools that are read from the environment; call it before any heavy import.
-
-    Raises:
-        OptionError: more threads than cores this process may use.
-    """
-    if threads > (usable := len(_usable_cores())):
-        raise OptionError(f"--threads {threads}: this process may use {usable} core(s). Ask for at most that many.")
-    for name in POOLS:
-        os.environ[name] = str(threads)
+def usable_cores() -> set[int]:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 @contextlib.contextmanager
-def hold_threads(threads: int) -> Iterator[None]:
-    """Gives PyTorch `threads` threads; with one thread also pins the process to one core, and undoes both at the end.
+def pinned(threads: int) -> Iterator[None]:
+    """Pins the calling thread to one core where there is to be one thread, for as long as the context lasts.
 
     A single thread that the scheduler moves between cores loses its caches; several threads place themselves.
     """
-    import torch
-
-    before, cores = torch.get_num_threads(), _usable_cores()
-    torch.set_num_threads(threads)
-    pinned = threads == 1 and hasattr(os, "sched_setaffinity")
-    if pinned:
-        # The last core: the first one usually serves the interrupts.
-        os.sched_setaffinity(0, {max(cores)})
+    cores = usable_cores()
+    if threads > 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    # The last core: the first one usually serves the interrupts.
+    os.sched_setaffinity(0, {max(cores)})
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        if pinned:
-            os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, cores)
 
 
 @contextlib.contextmanager
@@ -108,12 +96,6 @@ def quiet_libraries() -> Iterator[None]:
             logging.set_verbosity(level)
             if bars:
                 logging.enable_progress_bar()
-
-
-def _usable_cores() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 def _processor() -> str | None:

@@ -86,7 +86,9 @@ class OursSystem:
         if work.bundle is None:
             raise OptionError(f"The system {name!r} needs an exported bundle. Give one with --bundle.")
         manifest = read_manifest(work.bundle)
-        backend = create_backend("onnxruntime", work.bundle, manifest, BackendOptions(threads=work.threads))
+        backend = create_backend(
+            "onnxruntime", work.bundle, manifest, BackendOptions(threads=work.threads, spinning=work.spinning)
+        )
         self._clock = TimedBackend(backend)
         self._transcriber = Transcriber(manifest, work.bundle, self._clock)
         self._options = DecodingOptions(
@@ -104,16 +106,16 @@ class OursSystem:
         start = perf_counter()
         result = self._transcriber.transcribe(audio, self._options, sample_rate=SAMPLE_RATE)
         end = perf_counter()
-        starts = [*clock.starts, end]
         features = result.timings.features
+        runs = [after - before for before, after in pairwise([*clock.starts, end])]  # none for digital silence
         return Utterance(
             tokens=result.tokens,
             rows=_rows(result),
             total=end - start,
             features=features,
             encoder=clock.encoder,
-            prefill=starts[1] - starts[0],
-            steps=tuple(after - before for before, after in pairwise(starts[1:])),
+            prefill=sum(runs[:1]),
+            steps=tuple(runs[1:]),
             host=end - start - features - clock.encoder - clock.decoder,
         )
 

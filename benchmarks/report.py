@@ -169,16 +169,12 @@ def _median(summary: Mapping[str, float] | None) -> str:
 def _checks(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
-        counted, memory = record["agreement"], record["memory_mib"] or {}
+        counted, memory = record["agreement"], record["memory_mib"]
         same = f"{counted['equal']}/{counted['of']} of {_title(counted['with'])}"
         chosen = ", ".join(f"{row}: {count}" for row, count in record["rows"].items()) or "-"
-        peaks = [_mebibytes(memory.get(key)) for key in ("peak", "serving_peak")]
-        rows.append([str(record["domains"]), _title(record["system"]), same, chosen, *peaks])
-    return _table(["domains", "system", "same tokens", "row: tokens it chose", "peak MiB", "while transcribing"], rows)
-
-
-def _mebibytes(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+        peak = "-" if memory is None else f"{memory:.0f}"
+        rows.append([str(record["domains"]), _title(record["system"]), same, chosen, peak])
+    return _table(["domains", "system", "same tokens", "row: tokens it chose", "peak MiB"], rows)
 
 
 def _free_running(free: Mapping[str, Any]) -> str:

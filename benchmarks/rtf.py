@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from das_asr.benchmarks.audio import window_audio
 from das_asr.benchmarks.bundles import bundle_for
-from das_asr.benchmarks.machine import hold_threads, quiet_libraries
+from das_asr.benchmarks.free import FreeOptions, run_free
+from das_asr.benchmarks.machine import pinned, quiet_libraries
 from das_asr.benchmarks.memory import measure_memory
 from das_asr.benchmarks.models import (
     BASE_RANDOM,
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["RtfOptions", "agreement", "interleave", "run_rtf", "window_audio"]
+__all__ = ["RtfOptions", "agreement", "interleave", "measure", "run_rtf"]
 
 Log = Callable[[str], None]
 
@@ -54,6 +58,12 @@ class RtfOptions:
     warmup: int = 2
     tau: float = 0.025
     memory: bool = True
+    spinning: bool = False
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> RtfOptions:
+        """From the JSON form of `dataclasses.asdict`."""
+        return cls(**{**data, "domains": tuple(data["domains"]), "ranks": tuple(data["ranks"])})
 
     def __post_init__(self) -> None:
         """Refuses numbers that make no benchmark."""
@@ -65,6 +75,14 @@ class RtfOptions:
                 raise OptionError(f"{flag} {wrong[0]}: must be at least {least}.")
         if self.domains and not self.ranks:
             raise OptionError("--rank: give at least one rank.")
+
+
+def measure(specification: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole measurement, as the process does that `worker` starts: both parts, from their options as JSON."""
+    log = functools.partial(print, file=sys.stderr, flush=True)
+    options = RtfOptions.parse(specification["rtf"])
+    free = specification["free"] and FreeOptions.parse(specification["free"])
+    return {**run_rtf(options, log), "free_running": run_free(free, log) if free else None}
 
 
 def run_rtf(options: RtfOptions, log: Log) -> dict[str, Any]:
@@ -79,21 +97,12 @@ def run_rtf(options: RtfOptions, log: Log) -> dict[str, Any]:
                 adapters = tuple(adapter_folders(checkpoint, rank, domains))
                 # A bundle for each number of domains: a larger one's tensors would count as this one's memory.
                 bundle = bundle_for(checkpoint, adapters, rank, log)
-                work = Work(checkpoint, adapters, options.tokens, options.tau, options.threads, bundle)
+                work = Work(
+                    checkpoint, adapters, options.tokens, options.tau, options.threads, bundle, options.spinning
+                )
                 records += _compare(work, rank, options, log)
         seconds = len(window_audio(checkpoint)) / SAMPLE_RATE
     return {"window_seconds": seconds, "runs": records}
-
-
-def window_audio(checkpoint: Path) -> NDArray[np.float32]:
-    """One full window of noise and gliding tones, always the same; float32 [samples] at 16 kHz."""
-    import numpy as np
-
-    samples = int(read_json(checkpoint / "preprocessor_config.json")["n_samples"])
-    noise = np.random.default_rng(0).standard_normal(samples)
-    time = np.arange(samples) / SAMPLE_RATE
-    glides = sum(np.sin(2 * np.pi * (pitch * time + 20 * np.sin(time))) for pitch in (140, 420, 1100, 2600))
-    return np.asarray(0.05 * noise + 0.1 * glides * np.sin(4 * time) ** 2, dtype=np.float32)
 
 
 def interleave(
@@ -133,7 +142,7 @@ def _check_length(checkpoint: Path, tokens: int) -> None:
 
 def _compare(work: Work, rank: int, options: RtfOptions, log: Log) -> list[dict[str, Any]]:
     domains = len(work.adapters)
-    with hold_threads(options.threads), contextlib.ExitStack() as stack:
+    with pinned(options.threads), contextlib.ExitStack() as stack:
         systems = {name: open_system(name, work) for name in system_names(domains)}
         for system in systems.values():
             stack.callback(system.close)
@@ -144,7 +153,7 @@ def _compare(work: Work, rank: int, options: RtfOptions, log: Log) -> list[dict[
     for name, utterances in taken.items():
         record = {"system": name, "domains": domains, "rank": rank, "agreement": agreements[name]}
         record |= _numbers(utterances, taken[YARDSTICK], len(audio) / SAMPLE_RATE)
-        record["memory_mib"] = dataclasses.asdict(measure_memory(name, work)) if options.memory else None
+        record["memory_mib"] = measure_memory(name, work) if options.memory else None
         records.append(record)
         log(_line(record))
     return records

@@ -135,9 +135,7 @@ def _report(
         wer, rtf = track.word_error_rate(clips), track.seconds / seconds
         figures[name] = {"wer": wer, "rtf": rtf, "time_ratio": track.seconds / reference}
         say(f"{track.title:<26}{100 * wer:>7.1f}{rtf:>9.4f}{track.seconds / reference:>11.2f}")
-    say(
-        f"({seconds:.0f} s of audio; RTF = processing time / audio time, {threads} threads, features included)"
-    )
+    say(f"({seconds:.0f} s of audio; RTF = processing time / audio time, {threads} threads, features included)")
     return {"clips": len(clips), "audio_seconds": seconds, "threads": threads, "systems": figures}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +34,13 @@ class Work:
     tau: float = 0.025
     threads: int = 1
     bundle: Path | None = None  # the same base and adapters exported; only the runtime needs it
+    spinning: bool = False  # whether the runtime's idle threads spin
+
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> Work:
+        """From the JSON form of `dataclasses.asdict`."""
+        paths = {name: None if data[name] is None else Path(data[name]) for name in ("checkpoint", "bundle")}
+        return cls(**{**data, **paths, "adapters": tuple(map(Path, data["adapters"]))})
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class Graphs:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        # Threads that wait actively would take turns with torch's, and both would crawl.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         sessions: list[Any] = [
             onnxruntime.InferenceSession(directory / name, options, providers=["CPUExecutionProvider"])
             for name in (ENCODER_FILE, DECODER_FILE)

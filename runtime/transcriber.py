@@ -50,7 +50,7 @@ class Transcriber:
         self._features = LogMel(manifest.audio, manifest.dimensions.mels)
         self._idle = threading.Condition()
         self._running = 0
-        self._closed = False
+        self._closed = self._freed = False
 
     @classmethod
     def load(
@@ -153,14 +153,15 @@ class Transcriber:
             self._adapters.remove(name)
 
     def close(self) -> None:
-        """Waits for running requests, then frees the graphs. Calling it again does nothing."""
+        """Waits for running requests, then frees the graphs. Calling it again only waits."""
         with self._idle:
-            if self._closed:
-                return
             self._closed = True
             self._idle.wait_for(lambda: self._running == 0)
-        self._backend.close()
-        del self._adapters
+            if self._freed:
+                return
+            self._freed = True
+            del self._adapters
+            self._backend.close()
 
     def __enter__(self) -> Transcriber:
         return self

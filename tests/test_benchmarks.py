@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,21 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from click.testing import CliRunner
 
 from das_asr.benchmarks import machine, models, report
+from das_asr.benchmarks.audio import window_audio
 from das_asr.benchmarks.baselines import MixedBatch, SequentialDecodes, SequentialLora, TransformersGenerate
-from das_asr.benchmarks.cli import main
-from das_asr.benchmarks.memory import measure_memory
-from das_asr.benchmarks.rtf import RtfOptions, agreement, interleave, window_audio
-from das_asr.benchmarks.systems import SYSTEMS, Work, open_system, system_names
-from das_asr.benchmarks.timing import Utterance, percentile, summarize
+from das_asr.benchmarks.bundles import bundle_for
+from das_asr.benchmarks.memory import measure_memory, peak_memory
+from das_asr.benchmarks.rtf import agreement, interleave
+from das_asr.benchmarks.systems import Work, open_system, system_names
 from das_asr.benchmarks.torchloop import choose, paper_row
 from das_asr.benchmarks.vocabulary import Vocabulary
-from das_asr.runtime.errors import DasError, OptionError
+from das_asr.runtime.errors import OptionError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = models.RandomShape(
     d_model=64, layers=2, heads=4, ffn=128, window_seconds=2, text_positions=32,
     vocabulary=Vocabulary(text_tokens=400, languages=("en", "de")),
@@ -37,8 +37,10 @@ RANK = 4
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
+    threads = torch.get_num_threads()  # the baselines set them
     with machine.quiet_libraries():
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,9 @@ def test_default_vocabulary_has_the_published_ids() -> None:
     vocabulary = Vocabulary()
     ids = vocabulary.special_ids(30)
     published = {
-        "<|endoftext|>": 50257, "<|startoftranscript|>": 50258, "<|en|>": 50259, "<|su|>": 50357, 
-        "<|translate|>": 50358, "<|transcribe|>": 50359, "<|startofprev|>": 50361, "<|notimestamps|>": 50363, "<|0.00|>": 50364,
-        "<|30.00|>": 51864,
+        "<|endoftext|>": 50257, "<|startoftranscript|>": 50258, "<|en|>": 50259, "<|su|>": 50357,
+        "<|translate|>": 50358, "<|transcribe|>": 50359, "<|startofprev|>": 50361, "<|notimestamps|>": 50363,
+        "<|0.00|>": 50364, "<|30.00|>": 51864,
     }  # fmt: skip
     assert {name: ids[name] for name in published} == published
     assert vocabulary.size(30) == 51865
@@ -235,3 +237,104 @@ def test_parts_of_an_utterance_add_up(work: Work, name: str) -> None:
     assert utterance.host is not None
     assert 0 < utterance.host < utterance.total
     assert (utterance.selection is None) == (name == "transformers")
+
+
+# The runtime beside them
+
+
+@pytest.fixture(scope="module")
+def exported(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """The same work with a bundle."""
+    cache = tmp_path_factory.mktemp("cache")
+    with machine.quiet_libraries():
+        bundle = bundle_for(work.checkpoint, work.adapters, RANK, lambda _: None, cache)
+    return dataclasses.replace(work, bundle=bundle)
+
+
+def test_the_runtime_writes_what_the_baselines_write(exported: Work) -> None:
+    audio = window_audio(exported.checkpoint)
+    taken = interleave({name: open_system(name, exported) for name in system_names(2)}, audio, 1, 0)
+    counted = agreement(taken, 2)
+    assert {name: item["with"] for name, item in counted.items()} == {
+        "transformers": "transformers", "sequential-lora": "sequential-lora",
+        "sequential-decodes": "sequential-decodes", "peft-mixed": "sequential-lora", "das": "sequential-lora",
+        "das-hypothesis": "sequential-decodes",
+    }  # fmt: skip
+    assert all(item["equal"] == item["of"] == TOKENS for item in counted.values())
+    assert taken["das"][0].rows == taken["sequential-lora"][0].rows
+    ours = taken["das"][0]
+    assert len(ours.steps) == TOKENS - 1
+    assert min(ours.features, ours.encoder, ours.prefill, *ours.steps) > 0
+    assert ours.features + ours.encoder + ours.prefill + sum(ours.steps) < ours.total
+    assert ours.host is not None
+    assert 0 < ours.host < ours.total
+
+
+def test_bundles_are_kept_until_what_they_are_made_of_changes(exported: Work, tmp_path: Path) -> None:
+    assert exported.bundle is not None
+    cache, said = exported.bundle.parent.parent, []
+    assert bundle_for(exported.checkpoint, exported.adapters, RANK, said.append, cache) == exported.bundle
+    assert not said
+    outdated = tmp_path / "bundles" / "small-k0-r4-0123456789ab"
+    outdated.mkdir(parents=True)
+    fresh = bundle_for(exported.checkpoint, (), RANK, said.append, tmp_path)
+    assert list((tmp_path / "bundles").iterdir()) == [fresh]
+    assert len(said) == 1
+
+
+def test_silence_is_measured_too(exported: Work) -> None:
+    system = open_system("das", dataclasses.replace(exported, tokens=None))
+    utterance = system.transcribe(np.zeros(16000, np.float32))
+    assert (utterance.tokens, utterance.steps, utterance.prefill) == ((), (), 0)
+
+
+# Measuring
+
+
+def test_peak_memory_is_of_the_process_alone(exported: Work) -> None:
+    weight = np.ones(600 * 2**20 // 8)  # a child that took over its parent's mark would show at least this
+    runtime = measure_memory("das", exported)
+    assert peak_memory() > 600
+    # Without torch in its process the runtime stays far below any PyTorch system.
+    assert 20 < runtime < 250
+    assert weight[-1] == 1
+
+
+# The command
+
+
+def test_rtf_command_measures_in_its_own_process(exported: Work, tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(clips / name, window_audio(exported.checkpoint)[:16000], 16000)
+    output = tmp_path / "r.json"
+    command = [
+        sys.executable,
+        "-m",
+        "das_asr.benchmarks.cli",
+        "rtf",
+        "--model",
+        exported.checkpoint,
+        "--output",
+        output,
+    ]
+    command += ["--domains", "1", "--rank", RANK, "--tokens", 5, "--repeats", 2, "--warmup", 0, "--no-memory"]
+    command += ["--audio", clips, "--bundle", exported.bundle]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"output": str(output), "runs": 6}
+    (result,) = report.read_results([output])
+    assert all(run["agreement"]["equal"] == 5 and run["repeatable"] for run in result["runs"])
+    assert result["free_running"]["files"] == 2
+    assert result["free_running"]["audio_seconds"] == 2
+    assert "DAS, own histories" in report.render_report([result])
+    refused = subprocess.run(
+        [*map(str, command), "--tokens", "99"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert refused.returncode == 1
+    assert (
+        refused.stderr.strip()
+        == "das-bench: --tokens 99: this model writes at most 28 after its prompt. Ask for fewer."
+    )
