@@ -198,7 +198,7 @@ class MixedBatch(PeftBaseline):
         `PeftModel.generate` opens the same context once per call; `PeftModel.forward` would open it at every step.
         """
         context: contextlib.AbstractContextManager[None] = self.peft._enable_peft_forward_hooks(
-            adapter_names=[*self._names, "__base__"]
+            adapter_names=["__base__", *self._names]
         )
         return context
 

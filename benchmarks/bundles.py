@@ -72,9 +72,10 @@ def _digest(checkpoint: Path, adapters: Sequence[Path]) -> str:
     import das_asr.runtime
 
     code = [folder for package in (das_asr.export, das_asr.runtime) for folder in map(Path, package.__path__)]
-    files = [path for folder in code for path in folder.rglob("*.py")]
-    files += [path for folder in (checkpoint, *adapters) for path in folder.iterdir() if path.is_file()]
-    return _sha256(sorted(files))[:12]
+    files = [path for folder in code for path in sorted(folder.rglob("*.py"))]
+    # The order of the adapters is that of the rows, so it counts.
+    files += [path for folder in (checkpoint, *adapters) for path in sorted(folder.iterdir()) if path.is_file()]
+    return _sha256(files)[:12]
 
 
 def _sha256(files: Iterable[Path]) -> str:

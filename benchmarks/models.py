@@ -286,7 +286,7 @@ def _publish_adapter(folder: Path, model: Any, rank: int, seed: int) -> Any:
     )
     adapted = get_peft_model(model, config).eval()
     _draw(adapted, seed)
-    _publish(folder, adapted.save_pretrained)
+    _publish(folder, lambda path: adapted.save_pretrained(str(path)))
     return adapted.unload()
 
 

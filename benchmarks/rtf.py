@@ -199,4 +199,6 @@ def _line(record: Mapping[str, Any]) -> str:
     line = f"  {record['system']:20} {total:9.1f} ms  RTF {record['rtf']:.4f}  {ratio:5.2f} x {YARDSTICK}"
     if counted["equal"] < counted["of"]:
         line += f"  DIFFERS: {counted['equal']} of {counted['of']} tokens equal {counted['with']}"
+    if not record["repeatable"]:
+        line += "  NOT REPEATABLE: its tokens change from repeat to repeat"
     return line

@@ -8,6 +8,7 @@ Word error rates are over all clips together (corpus level), without punctuation
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ def run_demo(bundle: Path, base: Path, clips: Sequence[Clip], say: Callable[[str
         say(f"{len(clips)} clips, rows: base, {', '.join(transcriber.adapters)}; {threads} threads")
         for clip in clips:
             say(f"\n{clip.domain + ': ' if clip.domain else ''}{clip.text}")
-            _timed(tracks["transformers"], lambda clip=clip: torch_system.transcribe(clip.samples))
+            _timed(tracks["transformers"], functools.partial(torch_system.transcribe, clip.samples))
             for rule in RULES:
                 say(f"  {rule:<12}{_run_rule(transcriber, tracks[rule], rule, clip)}")
     return _report(tracks, clips, threads, say)

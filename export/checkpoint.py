@@ -154,7 +154,7 @@ def tokenizer_json(checkpoint: Checkpoint) -> str:
         _read_json(path, "Save the tokenizer again.")
         return path.read_text(encoding="utf-8")
     _check_merges(checkpoint.directory)
-    from transformers import WhisperTokenizerFast
+    from transformers import WhisperTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     tokenizer = WhisperTokenizerFast.from_pretrained(checkpoint.directory, local_files_only=True)
     return str(tokenizer.backend_tokenizer.to_str())
@@ -205,7 +205,7 @@ def _download(repository: str, revision: str | None) -> Path:
     )
 
     # The base class of all errors of whichever HTTP client this version of the hub library uses.
-    transport = HfHubHTTPError.__base__
+    transport: Any = HfHubHTTPError.__base__
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_DOWNLOADS)))
     except HFValidationError as error:

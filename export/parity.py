@@ -6,7 +6,8 @@ On the files as shipped, with the adapters as the graphs carry them:
 
 1. The log-mel features are those of transformers' extractor.
 2. The logits of every row, behind the prompt and behind every forced token (`teacher`), differ by no more than
-   `TOLERANCE` times the largest logit.
+   `TOLERANCE` times the largest logit. A network that amplifies rounding errors so much that PyTorch's own float32 is
+   far from its float64 is granted a multiple of that distance instead; a wrong graph does not change it.
 3. Every adapter moves the logits by at least ten times the error that was measured.
 4. The runtime writes the same tokens, from the same rows, with shared and with own history (`replay`).
 
@@ -17,9 +18,11 @@ decoding; memory holds the base once in torch and once in ONNX Runtime.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +38,16 @@ from das_asr.runtime.transcriber import Transcriber
 __all__ = ["MAX_TOKENS", "TOLERANCE", "check_parity"]
 
 TOLERANCE = 2e-5
-"""Largest logit difference that is allowed, relative to the largest logit."""
+"""Largest logit difference that is allowed without further ado, relative to the largest logit."""
 
 MAX_TOKENS = 64
 """Most tokens a row writes in the gate."""
 
 _FEATURE_TOLERANCE = 1e-3  # absolute; both extractors transform in float32, features lie between about -1 and 1.5
 _EFFECT = 10  # times the measured error
-_BATCH = 4  # utterances decoded together
+_ROUNDING = 4  # times PyTorch's own error: both sides round, and more rows are compared than it is measured on
+_FORCED = 3  # samples whose logits are compared
+_BATCH = 4  # utterances transcribed together
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +71,9 @@ class _Logits:
         self.total_difference += float(difference.sum())
         self.count += difference.size
         self.largest = max(self.largest, float(np.abs(oracle).max()))
-        # Not `>`: NaN must not pass unnoticed.
-        if not (worst := float(difference.max())) <= self.largest_difference:
+        worst = float(difference.max())
+        # Neither `>` nor without the second condition: NaN must not pass unnoticed.
+        if not (worst <= self.largest_difference or math.isnan(self.largest_difference)):
             step = int(np.unravel_index(difference.argmax(), difference.shape)[0])
             self.largest_difference, self.where = worst, f"{where}, {f'step {step}' if step else 'prefill'}"
 
@@ -91,18 +97,21 @@ def check_parity(
     never = () if first is None else range(first, manifest.dimensions.vocabulary)
     reference = load_reference(base, openers, never)
     features = _features(reference, manifest, samples)
+    encoded = reference.encode(features)
     _log.info("comparing logits of %d rows", manifest.rows)
-    logits = _compare_logits(directory, manifest, reference, features[:_BATCH])
-    _judge_logits(logits)
+    batches = forced_batches(min(len(samples), _FORCED), manifest.rows, manifest.dimensions)
+    ours = _graph_logits(directory, manifest, features, batches)
+    logits = _compare_logits(ours, batches, manifest, reference, encoded)
+    allowed = _judge_logits(logits, reference, features, batches[-1])
     _log.info("comparing tokens on %d samples", len(samples))
-    comparisons = _compare_tokens(directory, manifest, reference, samples, features, TOLERANCE * logits.largest)
+    comparisons = _compare_tokens(directory, manifest, reference, samples, encoded, allowed)
     return ParityReport(
         max_logit_difference=logits.largest_difference,
         mean_logit_difference=logits.total_difference / logits.count,
         largest_logit=logits.largest,
-        tolerance=TOLERANCE,
+        tolerance=allowed / logits.largest,
         adapter_effects=logits.effects,
-        steps=1 + len(forced_batches(1, 1, manifest.dimensions)[0][0].steps[0]),
+        steps=1 + batches[0][0].steps.shape[1],
         tokens_compared=sum(item.compared for item in comparisons),
         tokens_differing=sum(item.differing for item in comparisons),
         rules=REPLAYED_RULES,
@@ -127,18 +136,25 @@ def _features(reference: Reference, manifest: Manifest, samples: Samples) -> NDA
 # --- Logits ---
 
 
-def _compare_logits(
-    directory: Path, manifest: Manifest, reference: Reference, features: NDArray[np.float32]
-) -> _Logits:
-    batches = forced_batches(len(features), manifest.rows, manifest.dimensions)
+def _graph_logits(
+    directory: Path, manifest: Manifest, features: NDArray[np.float32], batches: Sequence[Sequence[Forced]]
+) -> list[NDArray[np.float32]]:
+    """The exported graphs' logits [B, R, 1 + steps, V] of each batch."""
     graphs = Graphs(directory, manifest.dimensions)
-    ours = [
-        graph_logits(graphs, features[[forced.sample for forced in batch]], batch, manifest.dimensions)
-        for batch in batches
-    ]
-    encoded = reference.encode(features)
+    cross = graphs.encode(features[: len(batches[-1])])
+    return [graph_logits(graphs, cross, batch, manifest.dimensions) for batch in batches]
+
+
+def _compare_logits(
+    ours: Sequence[NDArray[np.float32]],
+    batches: Sequence[Sequence[Forced]],
+    manifest: Manifest,
+    reference: Reference,
+    encoded: Sequence[Any],
+) -> _Logits:
+    """Compares row by row, so that the oracle opens each row once."""
     figures = _Logits()
-    base: list[NDArray[np.float32]] = []
+    base: list[NDArray[np.floating[Any]]] = []
     for row, name in enumerate(("base", *(entry.name for entry in manifest.adapters))):
         prefills = []
         with reference.row(row):
@@ -153,19 +169,23 @@ def _compare_logits(
     return figures
 
 
-def _oracle_logits(reference: Reference, encoded: object, forced: Forced, row: int) -> NDArray[np.float32]:
+def _oracle_logits(reference: Reference, encoded: Any, forced: Forced, row: int) -> NDArray[np.floating[Any]]:
     """Logits [1 + steps, V] of the open row."""
     return reference.logits(encoded, forced.history(row), len(forced.prompt) - 1)
 
 
-def _judge_logits(figures: _Logits) -> None:
-    """Raises ParityError unless the difference is small and every adapter's effect is not."""
+def _judge_logits(
+    figures: _Logits, reference: Reference, features: NDArray[np.float32], batch: Sequence[Forced]
+) -> float:
+    """The logit difference that is allowed; raises ParityError unless the measured one is smaller and effects are larger."""
     error, allowed = figures.largest_difference, TOLERANCE * figures.largest
+    if not error <= allowed:
+        allowed = max(allowed, _ROUNDING * _rounding_error(reference, features, batch))
     if not error <= allowed:
         raise ParityError(
             f"The exported graphs do not compute what transformers and PEFT compute: logits differ by {error:.3g} at "
-            f"{figures.where}, at most {allowed:.3g} was expected ({TOLERANCE:g} of the largest logit "
-            f"{figures.largest:.3g}). Nothing was exported; please report it with the versions of all packages."
+            f"{figures.where}, at most {allowed:.3g} was expected, with {figures.largest:.3g} the largest logit. Nothing "
+            "was exported; please report it with the versions of all packages."
         )
     for name, effect in figures.effects.items():
         if not effect >= _EFFECT * error:
@@ -173,6 +193,21 @@ def _judge_logits(figures: _Logits) -> None:
                 f"Adapter {name!r} changes nothing measurable: it moves the base's logits by {effect:.2g}, the error "
                 f"of the export is {error:.2g}. Was it trained? Leave it out, or give the folder of the trained one."
             )
+    return allowed
+
+
+def _rounding_error(reference: Reference, features: NDArray[np.float32], batch: Sequence[Forced]) -> float:
+    """How far the base's logits in torch's float32 are from its float64, at most."""
+    _log.info("measuring PyTorch's own rounding error")
+    windows = features[[forced.sample for forced in batch]]
+    rounded, exact = (
+        [
+            _oracle_logits(oracle, encoded, forced, 0)
+            for encoded, forced in zip(oracle.encode(windows), batch, strict=True)
+        ]
+        for oracle in (reference, reference.in_float64())
+    )
+    return max(float(np.abs(a - b).max()) for a, b in zip(rounded, exact, strict=True))
 
 
 # --- Tokens ---
@@ -183,14 +218,14 @@ def _compare_tokens(
     manifest: Manifest,
     reference: Reference,
     samples: Samples,
-    features: NDArray[np.float32],
+    encoded: Sequence[Any],
     tolerance: float,
 ) -> list[Comparison]:
     """Replays everything that the runtime writes; `tolerance` is that of one logit, absolute."""
     prompt = _prompt(manifest)
     limit = min(MAX_TOKENS, manifest.dimensions.text_positions - len(prompt))
     products = _transcribe(directory, manifest, samples, limit)
-    traces = _replay(reference, features, prompt, products)
+    traces = _replay(reference, encoded, prompt, products)
     return [
         compare(
             product,
@@ -214,14 +249,14 @@ def _prompt(manifest: Manifest) -> list[int]:
 
 
 def _transcribe(directory: Path, manifest: Manifest, samples: Samples, limit: int) -> list[Written]:
-    """Everything the runtime writes: with each rule, the first sample alone and then all of them in batches."""
-    groups = [[0], *([*range(start, min(start + _BATCH, len(samples)))] for start in range(0, len(samples), _BATCH))]
+    """Everything the runtime writes: with a shared history one by one, with own histories in batches."""
+    sizes = dict(zip(REPLAYED_RULES, (1, _BATCH), strict=True))
     products = []
     with Transcriber.load(directory, verify_files=False) as transcriber:
-        for rule in REPLAYED_RULES:
-            for group in groups:
+        for rule, size in sizes.items():
+            for start in range(0, len(samples), size):
                 results = transcriber.transcribe_batch(
-                    [samples[index] for index in group],
+                    samples[start : start + size],
                     sample_rate=manifest.audio.sample_rate,
                     rule=rule,
                     tau=manifest.tau,
@@ -229,16 +264,16 @@ def _transcribe(directory: Path, manifest: Manifest, samples: Samples, limit: in
                     max_tokens=limit,
                     no_speech_threshold=None,  # the gate is about what is written, also where it would be discarded
                 )
-                pairs = zip(results, group, strict=True)
-                products += [written(result, index, manifest.tokens.end_of_text) for result, index in pairs]
+                products += [
+                    written(result, index, manifest.tokens.end_of_text) for index, result in enumerate(results, start)
+                ]
     return products
 
 
 def _replay(
-    reference: Reference, features: NDArray[np.float32], prompt: Sequence[int], products: Sequence[Written]
+    reference: Reference, encoded: Sequence[Any], prompt: Sequence[int], products: Sequence[Written]
 ) -> list[list[RowTrace]]:
     """One trace of every row for each product."""
-    encoded = reference.encode(features)
     traces: list[list[RowTrace]] = [[] for _ in products]
     for row in range(reference.rows):
         with reference.row(row):

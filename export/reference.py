@@ -13,6 +13,8 @@ adapters are never in the model together, and none while the base runs.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -73,14 +75,15 @@ class Reference:
         """Features [B, mels, frames] -> a tensor [1, S, D] for each utterance. Adapters never touch the encoder."""
         import torch
 
+        windows = torch.from_numpy(features).to(self.model.dtype)
         with torch.inference_mode():
-            return [self.model.model.encoder(torch.from_numpy(window[None])).last_hidden_state for window in features]
+            return [self.model.model.encoder(window[None]).last_hidden_state for window in windows]
 
     def row(self, index: int) -> AbstractContextManager[None]:
         """Turns the model into row `index` for the length of a `with`."""
         return contextlib.nullcontext() if index == 0 else self.adapters[index - 1](self.model)
 
-    def logits(self, encoded: Any, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+    def logits(self, encoded: Any, ids: Sequence[int], start: int) -> NDArray[np.floating[Any]]:
         """Logits [len(ids) - start, V] behind each of `ids[start:]`, in one pass and so without a cache."""
         import torch
         from transformers.modeling_outputs import BaseModelOutput
@@ -91,7 +94,11 @@ class Reference:
                 decoder_input_ids=torch.tensor([list(ids)]),
                 use_cache=False,
             )
-        return np.asarray(output.logits[0, start:].numpy(), np.float32)
+        return np.asarray(output.logits[0, start:])
+
+    def in_float64(self) -> Reference:
+        """The same base in float64, to see how exact float32 is; takes twice its memory."""
+        return dataclasses.replace(self, model=copy.deepcopy(self.model).double())
 
     def trace(self, encoded: Any, prompt: Sequence[int], tokens: Sequence[int]) -> RowTrace:
         """What the open row would write in place of each of `tokens`, given those before it."""

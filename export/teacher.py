@@ -88,17 +88,18 @@ def forced_batches(samples: int, rows: int, dims: Dimensions) -> list[list[Force
 
 
 def graph_logits(
-    graphs: Graphs, features: NDArray[np.float32], batch: Sequence[Forced], dims: Dimensions
+    graphs: Graphs, cross: dict[str, NDArray[Any]], batch: Sequence[Forced], dims: Dimensions
 ) -> NDArray[np.float32]:
     """Logits [B, R, 1 + steps, V] of the exported graphs behind the prompt and behind each forced token.
 
     Args:
         graphs: of the bundle.
-        features: float32 [B, mels, frames], in the order of `batch`.
-        batch: utterances with equally many forced steps.
+        cross: what the encoder gave for the first B samples, B being the size of `batch`, or for more.
+        batch: utterances of these samples in their order, with equally many forced steps.
         dims: of the bundle.
     """
-    return np.stack(list(_runs(graphs, graphs.encode(features), batch, dims)), axis=2)
+    first = {name: tensor[: len(batch)] for name, tensor in cross.items()}
+    return np.stack(list(_runs(graphs, first, batch, dims)), axis=2)
 
 
 def _runs(

@@ -170,7 +170,7 @@ def _read_mono(file: soundfile.SoundFile) -> Samples:
     frames = max(1, _BLOCK_VALUES // int(file.channels))
     blocks = [np.empty(0, np.float32)]
     while len(block := file.read(frames, dtype="float32", always_2d=True)):
-        blocks.append(_mono(block))
+        blocks.append(_mono(np.asarray(block, np.float32)))
     return np.concatenate(blocks)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,8 +88,8 @@ def _transcribe_all(
     transcriber: Transcriber, files: Sequence[str], options: DecodingOptions
 ) -> Iterator[tuple[str, Transcription | DasError]]:
     """Each file's result or error, with a progress bar on a terminal when there are several."""
-    hidden = len(files) < 2 or not click.get_text_stream("stderr").isatty()
-    with click.progressbar(files, label="Transcribing", file=click.get_text_stream("stderr"), hidden=hidden) as bar:
+    hidden = len(files) < 2 or not sys.stderr.isatty()
+    with click.progressbar(files, label="Transcribing", file=sys.stderr, hidden=hidden) as bar:
         for path in bar:
             try:
                 yield path, transcriber.transcribe(path, options)

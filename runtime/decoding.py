@@ -82,15 +82,16 @@ def _wants_logits(plan: Plan) -> bool:
 
 def _prefill(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> tuple[Sequence[Prompt], Step]:
     """Feeds the prompts, left-padded to one length; with a probe in two runs, so that it can look in between."""
-    done = 0
-    if plan.probe is not None:
-        done = _padded(prompts, plan).start + 1
-        step = _feed(batch, prompts, plan, 0, done, logits=True)
-        assert step.logits is not None
-        prompts = plan.probe(step.logits) or prompts
-    width = len(_padded(prompts, plan).ids[0])
-    if done < width:
-        step = _feed(batch, prompts, plan, done, width, logits=_wants_logits(plan))
+    padded = _padded(prompts, plan)
+    width = padded.ids.shape[1]
+    if plan.probe is None:
+        return prompts, _feed(batch, prompts, plan, 0, width, logits=_wants_logits(plan))
+    probed = padded.start + 1
+    step = _feed(batch, prompts, plan, 0, probed, logits=True)
+    assert step.logits is not None
+    prompts = plan.probe(step.logits) or prompts
+    if probed < width:
+        step = _feed(batch, prompts, plan, probed, width, logits=_wants_logits(plan))
     return prompts, step
 
 

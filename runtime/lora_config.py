@@ -170,7 +170,7 @@ class Scaling:
             if type(value) is not int or value < 1:
                 raise AdapterError(f"{directory}: rank {value!r} in {CONFIG_NAME} must be an integer of at least 1.")
         for value in (alpha, *alphas.values()):
-            if type(value) not in (int, float) or not -1e30 < value < 1e30:
+            if type(value) not in (int, float) or not -1e30 < value < 1e30:  # pyright: ignore
                 raise AdapterError(f"{directory}: lora_alpha {value!r} in {CONFIG_NAME} must be a number within 1e30.")
         return cls(rank, alpha, ranks, alphas, bool(config.get("use_rslora")), directory)  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -215,6 +216,22 @@ def test_base_decodes_of_all_baselines_equal_generate(work: Work) -> None:
     assert len({hypothesis.tokens for hypothesis in hypotheses}) == 3
 
 
+def test_all_systems_write_on_where_the_model_would_end(work: Work, tmp_path: Path) -> None:
+    audio = window_audio(work.checkpoint)
+    tokens = TransformersGenerate(work).transcribe(audio).tokens
+    checkpoint = tmp_path / "early"
+    shutil.copytree(work.checkpoint, checkpoint)
+    config = models.read_json(checkpoint / "generation_config.json")
+    (checkpoint / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": tokens[3]}))
+    free = TransformersGenerate(Work(checkpoint, (), None)).transcribe(audio).tokens
+    assert free == tokens[: tokens.index(tokens[3])]
+    forced = Work(checkpoint, (), TOKENS)
+    written = [system(forced).transcribe(audio).tokens for system in (TransformersGenerate, SequentialLora)]
+    assert written[0] == written[1]
+    assert len(written[0]) == TOKENS
+    assert tokens[3] not in written[0]
+
+
 def test_cross_attention_is_not_computed_once_per_row(work: Work) -> None:
     system = SequentialLora(work)
     projection = system.model.get_decoder().layers[0].encoder_attn.k_proj
@@ -235,7 +252,9 @@ def test_parts_of_an_utterance_add_up(work: Work, name: str) -> None:
     assert min(parts) > 0
     assert 0.5 * utterance.total < sum(parts) < utterance.total
     assert utterance.host is not None
-    assert 0 < utterance.host < utterance.total
+    assert utterance.host > 0
+    # What is missing is the decoder's own time.
+    assert utterance.features + utterance.encoder + utterance.host + (utterance.selection or 0) < utterance.total
     assert (utterance.selection is None) == (name == "transformers")
 
 
@@ -245,7 +264,7 @@ def test_parts_of_an_utterance_add_up(work: Work, name: str) -> None:
 @pytest.fixture(scope="module")
 def exported(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Work:
     """The same work with a bundle."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache = tmp_path_factory.mktemp("cache") / "das-asr"
     with machine.quiet_libraries():
         bundle = bundle_for(work.checkpoint, work.adapters, RANK, lambda _: None, cache)
     return dataclasses.replace(work, bundle=bundle)
@@ -267,7 +286,8 @@ def test_the_runtime_writes_what_the_baselines_write(exported: Work) -> None:
     assert min(ours.features, ours.encoder, ours.prefill, *ours.steps) > 0
     assert ours.features + ours.encoder + ours.prefill + sum(ours.steps) < ours.total
     assert ours.host is not None
-    assert 0 < ours.host < ours.total
+    assert ours.host > 0
+    assert ours.features + ours.encoder + ours.host < ours.total
 
 
 def test_bundles_are_kept_until_what_they_are_made_of_changes(exported: Work, tmp_path: Path) -> None:
@@ -293,11 +313,10 @@ def test_silence_is_measured_too(exported: Work) -> None:
 
 def test_peak_memory_is_of_the_process_alone(exported: Work) -> None:
     weight = np.ones(600 * 2**20 // 8)  # a child that took over its parent's mark would show at least this
-    runtime = measure_memory("das", exported)
-    assert peak_memory() > 600
     # Without torch in its process the runtime stays far below any PyTorch system.
-    assert 20 < runtime < 250
-    assert weight[-1] == 1
+    assert 20 < measure_memory("das", exported) < 250
+    del weight
+    assert peak_memory() > 600
 
 
 # The command
@@ -319,12 +338,16 @@ def test_rtf_command_measures_in_its_own_process(exported: Work, tmp_path: Path)
         "--output",
         output,
     ]
-    command += ["--domains", "1", "--rank", RANK, "--tokens", 5, "--repeats", 2, "--warmup", 0, "--no-memory"]
+    command += ["--domains", "2", "--rank", RANK, "--tokens", 5, "--repeats", 2, "--warmup", 0, "--no-memory"]
     command += ["--audio", clips, "--bundle", exported.bundle]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    assert exported.bundle is not None
+    cache = exported.bundle.parent.parent
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"output": str(output), "runs": 6}
+    # The same adapters, drawn again, so the same bundle is used again.
+    assert list(cache.glob("bundles/*-k2-*")) == [exported.bundle]
     (result,) = report.read_results([output])
     assert all(run["agreement"]["equal"] == 5 and run["repeatable"] for run in result["runs"])
     assert result["free_running"]["files"] == 2

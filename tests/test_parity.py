@@ -318,7 +318,8 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 def test_the_untouched_bundle_passes(gated: Gated) -> None:
     report = gated.check()
     assert report.max_logit_difference > 0  # two implementations, not one compared with itself
-    assert report.tokens_compared >= 2 * 3 * 20  # of two rules, alone and in a batch
+    assert report.tolerance == pytest.approx(TOLERANCE)
+    assert report.tokens_compared == 2 * 20 + 2 * 3 * 20  # shared by all rows, and each row's own
 
 
 @pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
@@ -326,6 +327,20 @@ def test_a_broken_bundle_fails(gated: Gated, tmp_path: Path, fault: Callable[[Pa
     bundle = shutil.copytree(gated.bundle, tmp_path / "bundle")
     fault(bundle)
     with pytest.raises(ParityError, match=message):
+        gated.check(bundle)
+
+
+def test_a_network_that_amplifies_rounding_is_judged_by_pytorchs_own_error(
+    gated: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if this network were one whose float32 is off by more than the tolerance, in PyTorch too."""
+    monkeypatch.setattr("das_asr.export.parity.TOLERANCE", 1e-9)
+    report = gated.check()
+    assert report.max_logit_difference <= report.tolerance * report.largest_logit
+    assert report.tolerance < 1e-4
+    bundle = shutil.copytree(gated.bundle, tmp_path / "bundle")
+    one_wrong_weight(bundle)
+    with pytest.raises(ParityError, match=LOGITS):
         gated.check(bundle)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as engine
+from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ignore[reportAttributeAccessIssue]
 
 from das_asr.runtime.adapters import Stack
 from das_asr.runtime.backends import BackendOptions
@@ -53,7 +53,7 @@ class Binding:
 
     def place(self, name: str, array: NDArray[Any]) -> None:
         """Moves a host array to the device, for all runs; its bytes cross once."""
-        self.connect(name, to_device(array, self._device, self._device_id))
+        self.connect(name, _to_device(array, self._device, self._device_id))
         self.traffic.to_device[name] = array.nbytes
 
     def connect(self, name: str, value: Any) -> None:
@@ -97,7 +97,7 @@ class OnnxRuntimeBackend:
         if stack is None:
             return LoadedStack(self._rows, {})
         device = (self._device, self._device_id)
-        return LoadedStack(stack.rows, {name: to_device(tensor, *device) for name, tensor in stack.tensors.items()})
+        return LoadedStack(stack.rows, {name: _to_device(tensor, *device) for name, tensor in stack.tensors.items()})
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
@@ -117,7 +117,7 @@ class OnnxRuntimeBackend:
         for name, array in control.feeds().items():
             binding.place(name, array)
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
-        empty = to_device(np.zeros(shape, np.float32), self._device, self._device_id)
+        empty = _to_device(np.zeros(shape, np.float32), self._device, self._device_id)
         return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty))
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class OnnxRuntimeBatch:
         return Step(*fetched)
 
 
-def to_device(array: NDArray[Any], device: str, device_id: int) -> Any:
+def _to_device(array: NDArray[Any], device: str, device_id: int) -> Any:
     """A host array as a tensor of the device; on the CPU it may share the array's memory."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, device_id)
 
