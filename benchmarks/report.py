@@ -34,8 +34,7 @@ PAPER_TABLE_VI: dict[int, dict[str, float]] = {
     10: {"parallel": 0.184},
     25: {"parallel": 0.848},
 }
-"""Overhead over the base by number of domains, arXiv 2501.12501, Whisper-base on a V100 GPU; a value not listed there
-is not known here."""
+"""Overhead by number of domains on a V100 GPU, arXiv 2501.12501; a value that is missing is not known here."""
 
 SEQUENTIAL, PARALLEL = "sequential-lora", "das"
 
@@ -134,7 +133,11 @@ def _overheads(records: Sequence[Record]) -> str:
         here = {"parallel": overhead(records, PARALLEL, domains), "sequential": overhead(records, SEQUENTIAL, domains)}
         cells = [_percent(values.get(kind)) for kind in ("parallel", "sequential") for values in (paper, here)]
         rows.append([str(domains), *cells, _quotient(paper), _quotient(here)])
-    return _table(head, rows) if rows else ""
+    caption = (
+        "Overhead: extra time of a whole utterance over the same system without adapters, beside Table VI of the "
+        "DAS paper (arXiv 2501.12501, on a V100 GPU)."
+    )
+    return f"{caption}\n\n{_table(head, rows)}" if rows else ""
 
 
 def _quotient(values: Mapping[str, float | None]) -> str:

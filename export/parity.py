@@ -177,15 +177,15 @@ def _oracle_logits(reference: Reference, encoded: Any, forced: Forced, row: int)
 def _judge_logits(
     figures: _Logits, reference: Reference, features: NDArray[np.float32], batch: Sequence[Forced]
 ) -> float:
-    """The logit difference that is allowed; raises ParityError unless the measured one is smaller and effects are larger."""
+    """Raises ParityError unless errors are small and effects are not; returns how far a logit may be off, absolute."""
     error, allowed = figures.largest_difference, TOLERANCE * figures.largest
     if not error <= allowed:
         allowed = max(allowed, _ROUNDING * _rounding_error(reference, features, batch))
     if not error <= allowed:
         raise ParityError(
             f"The exported graphs do not compute what transformers and PEFT compute: logits differ by {error:.3g} at "
-            f"{figures.where}, at most {allowed:.3g} was expected, with {figures.largest:.3g} the largest logit. Nothing "
-            "was exported; please report it with the versions of all packages."
+            f"{figures.where}, at most {allowed:.3g} was expected, with {figures.largest:.3g} the largest logit. "
+            "Please report this with the versions of all packages."
         )
     for name, effect in figures.effects.items():
         if not effect >= _EFFECT * error:

@@ -24,6 +24,7 @@ _LEAST_POWER = 1e-10
 _DYNAMIC_RANGE = 8.0  # decades kept below the loudest value of the window
 _OFFSET, _SCALE = 4.0, 0.25  # to about -1 .. 1
 
+_SINGLE_THREADED = 1 << 18  # multiplications up to which OpenBLAS keeps a product on the calling thread
 _CHUNK = 256  # frames transformed at a time: larger, and the intermediate arrays leave the CPU's cache
 
 
@@ -39,6 +40,7 @@ class LogMel:
         phase = 2 * np.pi * np.arange(self._n_fft) / self._n_fft
         self._window = (0.5 - 0.5 * np.cos(phase)).astype(np.float32)  # periodic Hann, [n_fft]
         self._filters = mel_filters(front_end, mels).astype(np.float32)  # [mels, bins]
+        self._block = max(1, _SINGLE_THREADED // self._filters.size)  # frames
 
     def __call__(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Features of one utterance.
@@ -76,9 +78,15 @@ class LogMel:
 
     def _mel_power(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
         """Frames of samples [count, n_fft] -> power in each mel band [mels, count]."""
+        count, bins = len(frames), self._filters.shape[1]
         spectrum = np.fft.rfft(frames * self._window)  # [count, bins]
-        power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
-        return self._filters @ power.T
+        blocks = -(-count // self._block)
+        power = np.zeros((blocks * self._block, bins), np.float32)
+        np.add(spectrum.real**2, spectrum.imag**2, out=power[:count], casting="same_kind")
+        # One small product per block: the BLAS would spread a larger one over threads that wait by spinning, which is
+        # ten times slower when the cores have anything else to do.
+        mel = power.reshape(blocks, self._block, bins) @ self._filters.T  # [blocks, block, mels]
+        return mel.reshape(-1, self.mels)[:count].T
 
     def _heard_frames(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """The frames that hear any audio, as a view [count, n_fft] over the padded samples.

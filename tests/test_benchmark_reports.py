@@ -124,6 +124,9 @@ repeats; torch 1.0; 2026-01-02.
 | PEFT, mixed batch | - | 0.250 (2.50) |
 | DAS, shared history | 0.050 (0.50) | 0.060 (0.60) |
 
+Overhead: extra time of a whole utterance over the same system without adapters, beside Table VI of the DAS paper \
+(arXiv 2501.12501, on a V100 GPU).
+
 | domains | parallel, DAS paper | parallel, here | sequential, DAS paper | sequential, here | \
 sequential / parallel, DAS paper | sequential / parallel, here |
 | --- | --- | --- | --- | --- | --- | --- |

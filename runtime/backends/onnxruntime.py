@@ -21,7 +21,7 @@ from das_asr.runtime.contract import decoder_inputs, encoder_inputs, encoder_out
 from das_asr.runtime.errors import BackendError
 from das_asr.runtime.manifest import Manifest
 
-__all__ = ["Binding", "OnnxRuntimeBackend"]
+__all__ = ["Binding", "OnnxRuntimeBackend", "OnnxRuntimeBatch"]
 
 _ERRORS_ONLY = 3  # a level below warns about every overridable initializer at each load
 _LOAD_ERRORS = (
