@@ -37,10 +37,7 @@ $(BUNDLE)/manifest.json: $(STAMP) $(wildcard runtime/*.py runtime/*/*.py export/
 		--output $(BUNDLE) --force
 
 demo: $(BUNDLE)/manifest.json
-	@echo "--- the base alone"
-	$(BIN)/das-transcribe --bundle $(BUNDLE) --rule base $(DEMO)/audio/*.flac
-	@echo "--- the base and its adapters in one batch, with the row that wrote each word the base would not have written"
-	$(BIN)/das-transcribe --bundle $(BUNDLE) --provenance $(DEMO)/audio/*.flac
+	$(BIN)/das-bench demo $(BUNDLE) --base $(DEMO)/base --clips $(DEMO)/audio
 
 test: $(STAMP)
 	$(BIN)/pytest -m "not soak and not gpu"

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import click
 
-from das_asr.runtime.errors import DasError, OptionError
+from das_asr.runtime.console import Group
+from das_asr.runtime.errors import OptionError
 
 __all__ = ["main"]
 
-P = ParamSpec("P")
-
 FILE = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
-
-
-def _reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Turns an error the user can mend into a message and exit status 1."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except DasError as error:
-            click.echo(f"das-bench: {error}", err=True)
-            sys.exit(1)
-
-    return run
 
 
 def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -46,7 +28,8 @@ def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[
         raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,1,3.", param=parameter) from None
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="das-asr")
 def main() -> None:
     """Measures this package against PyTorch and makes tables from the results."""
 
@@ -64,7 +47,6 @@ def main() -> None:
 @click.option("--audio", multiple=True, type=FILE, help="File or folder to decode to its true length; repeatable.")
 @click.option("--bundle", type=FILE, help="Exported bundle of --model, for --audio.")
 @click.option("--output", "-o", required=True, type=OUTPUT, help="JSON file to write.")
-@_reported
 def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: Any) -> None:
     """Real-time factor over the number of domains, and over real audio."""
     from das_asr.benchmarks.free import FreeOptions
@@ -91,7 +73,6 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
 @click.option(
     "--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File to put the table in."
 )
-@_reported
 def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, readme: Path | None) -> None:
     """Tables and a picture from results of `das-bench rtf`; with no option, the report goes to standard output."""
     from das_asr.benchmarks.report import read_results, render_report, render_rtf_table, replace_between_markers
@@ -113,7 +94,6 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
 @click.argument("bundle", type=FILE)
 @click.option("--base", required=True, type=FILE, help="Checkpoint that the bundle was exported from.")
 @click.option("--clips", required=True, type=FILE, help="Folder with audio and a metadata.jsonl.")
-@_reported
 def demo(bundle: Path, base: Path, clips: Path) -> None:
     """Spoken sentences through several rules, with word error rates and speed beside PyTorch."""
     from das_asr.benchmarks.machine import quiet_libraries

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Clip", "Track", "read_clips", "run_demo"]
 
 SAMPLE_RATE = 16_000  # Hz
+THREADS = 1  # PyTorch's threads spin while they wait: with more, anything else that runs would decide the comparison
 RULES = ("base", "paper", "hypothesis")
 
 
@@ -82,19 +82,18 @@ def run_demo(bundle: Path, base: Path, clips: Sequence[Clip], say: Callable[[str
     """Transcribes the clips with every system, tells the story through `say`, and returns the figures."""
     from das_asr.runtime.transcriber import Transcriber
 
-    threads = os.cpu_count() or 1
-    torch_system = _TransformersBase(base, threads)
+    torch_system = _TransformersBase(base, THREADS)
     tracks = {"transformers": Track("transformers, base only")}
     tracks |= {rule: Track(f"DAS, {'base alone' if rule == 'base' else f'rule {rule}'}") for rule in RULES}
-    with Transcriber.load(bundle, threads=threads) as transcriber:
+    with Transcriber.load(bundle, threads=THREADS) as transcriber:
         _warm_up(transcriber, torch_system, clips[0])
-        say(f"{len(clips)} clips, rows: base, {', '.join(transcriber.adapters)}; {threads} threads")
+        say(f"{len(clips)} clips, rows: base, {', '.join(transcriber.adapters)}; one thread")
         for clip in clips:
             say(f"\n{clip.domain + ': ' if clip.domain else ''}{clip.text}")
             _timed(tracks["transformers"], functools.partial(torch_system.transcribe, clip.samples))
             for rule in RULES:
                 say(f"  {rule:<12}{_run_rule(transcriber, tracks[rule], rule, clip)}")
-    return _report(tracks, clips, threads, say)
+    return _report(tracks, clips, say)
 
 
 def _run_rule(transcriber: Any, track: Track, rule: str, clip: Clip) -> str:
@@ -125,9 +124,7 @@ def _warm_up(transcriber: Any, torch_system: _TransformersBase, clip: Clip) -> N
         _run_rule(transcriber, Track(""), rule, clip)
 
 
-def _report(
-    tracks: dict[str, Track], clips: Sequence[Clip], threads: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _report(tracks: dict[str, Track], clips: Sequence[Clip], say: Callable[[str], None]) -> dict[str, Any]:
     seconds = sum(len(clip.samples) for clip in clips) / SAMPLE_RATE
     reference = tracks["transformers"].seconds
     say(f"\n{'system':<26}{'WER %':>7}{'RTF':>9}{'x PyTorch':>11}")
@@ -136,8 +133,8 @@ def _report(
         wer, rtf = track.word_error_rate(clips), track.seconds / seconds
         figures[name] = {"wer": wer, "rtf": rtf, "time_ratio": track.seconds / reference}
         say(f"{track.title:<26}{100 * wer:>7.1f}{rtf:>9.4f}{track.seconds / reference:>11.2f}")
-    say(f"({seconds:.0f} s of audio; RTF = processing time / audio time, {threads} threads, features included)")
-    return {"clips": len(clips), "audio_seconds": seconds, "threads": threads, "systems": figures}
+    say(f"({seconds:.0f} s of audio; RTF = processing time / audio time, one thread, features included)")
+    return {"clips": len(clips), "audio_seconds": seconds, "threads": THREADS, "systems": figures}
 
 
 class _TransformersBase:

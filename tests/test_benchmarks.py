@@ -359,5 +359,5 @@ def test_rtf_command_measures_in_its_own_process(exported: Work, tmp_path: Path)
     assert refused.returncode == 1
     assert (
         refused.stderr.strip()
-        == "das-bench: --tokens 99: this model writes at most 28 after its prompt. Ask for fewer."
+        == "Error: --tokens 99: this model writes at most 28 after its prompt. Ask for fewer."
     )
