@@ -4,6 +4,7 @@ transformers        `generate` of transformers on the base model alone
 sequential-lora     the paper's baseline: all rows in one pass, base products batched, LoRA products one after the other
 sequential-decodes  K + 1 whole decodes, one after the other, each with its own history; the likeliest is kept
 peft-mixed          PEFT's mixed batch: all rows in one pass, `adapter_names` saying which row has which adapter
+peft-forward        the same through PEFT's public `forward`, as a user's own loop has to call it at every step
 
 All run the encoder once per utterance, in fp32, with PyTorch's fused attention and a key-value cache.
 """
@@ -35,6 +36,7 @@ __all__ = [
     "BASELINES",
     "Baseline",
     "MixedBatch",
+    "MixedForward",
     "PeftBaseline",
     "SequentialDecodes",
     "SequentialLora",
@@ -94,11 +96,12 @@ class Baseline(ABC):
         states: Tensor = self.model.get_encoder()(features).last_hidden_state
         return states.expand(rows, -1, -1)
 
-    def _greedy(self, states: Tensor) -> Decoded:
-        work = self.work
+    def _greedy(self, states: Tensor, model: Any = None) -> Decoded:
+        """Decodes with the paper's rule; `model` is what `greedy` calls, by default this system's own."""
+        work, model = self.work, model or self.model
         if work.tokens is None:
             raise OptionError(f"{self.name!r} writes a forced number of tokens only. Give --tokens.")
-        return greedy(self.model, states, self._prompt, count=work.tokens, suppression=self._suppression, tau=work.tau)
+        return greedy(model, states, self._prompt, count=work.tokens, suppression=self._suppression, tau=work.tau)
 
 
 class TransformersGenerate(Baseline):
@@ -203,6 +206,36 @@ class MixedBatch(PeftBaseline):
         return context
 
 
+class MixedForward(PeftBaseline):
+    """PEFT's mixed batch by its public `forward(adapter_names=...)`, nothing shared and nothing opened once for all."""
+
+    name = "peft-forward"
+
+    def _decode(self, features: Tensor) -> tuple[Sequence[int], Sequence[int], float | None]:
+        decoded = self._greedy(self._states(features, len(self._names) + 1), _PublicForward(self.peft, self._names))
+        return decoded.tokens, decoded.rows, decoded.selection
+
+
+class _PublicForward:
+    """A PEFT model in the shape that `greedy` asks for; its "hidden states" are already logits."""
+
+    def __init__(self, peft: Any, names: Sequence[str]) -> None:
+        self._peft, self._names = peft, ["__base__", *names]
+
+    def get_decoder(self) -> Any:
+        return self._forward
+
+    def get_output_embeddings(self) -> Any:
+        return torch.nn.Identity()
+
+    def _forward(self, input_ids: Tensor, encoder_hidden_states: Tensor, **cache: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        encoded = BaseModelOutput(last_hidden_state=encoder_hidden_states)
+        output = self._peft(decoder_input_ids=input_ids, encoder_outputs=encoded, adapter_names=self._names, **cache)
+        return BaseModelOutput(last_hidden_state=output.logits)
+
+
 def _suppression(generation_config: dict[str, Any], vocabulary: int) -> Suppression:
     """The checkpoint's own lists, end-of-text, and timestamps, which follow `<|notimestamps|>`."""
     timestamps = range(int(generation_config["no_timestamps_token_id"]) + 1, vocabulary)
@@ -217,6 +250,7 @@ def _log_probability(decoded: Decoded) -> float:
 
 
 BASELINES: dict[str, type[Baseline]] = {
-    system.name: system for system in (TransformersGenerate, SequentialLora, SequentialDecodes, MixedBatch)
+    system.name: system
+    for system in (TransformersGenerate, SequentialLora, SequentialDecodes, MixedBatch, MixedForward)
 }
 """By name, in the order of the tables."""

@@ -58,6 +58,7 @@ SYSTEMS: dict[str, SystemInfo] = {
     "sequential-lora": SystemInfo("PyTorch, sequential LoRA", "shared"),
     "sequential-decodes": SystemInfo("PEFT, K + 1 decodes in turn", "own", needs_adapters=True),
     "peft-mixed": SystemInfo("PEFT, mixed batch", "shared", needs_adapters=True),
+    "peft-forward": SystemInfo("PEFT, mixed batch, public forward", "shared", needs_adapters=True),
     "das": SystemInfo("DAS, shared history", "shared"),
     "das-hypothesis": SystemInfo("DAS, own histories", "own"),
 }

@@ -129,28 +129,33 @@ class _Transcript:
         self._prompt_lengths = prompt_lengths  # [B]
         self.prompt_last = prompt_lengths - 1
         room = plan.text_positions - prompt_lengths
-        self._limits = room if plan.max_tokens is None else np.minimum(room, plan.max_tokens)
+        self._limits = room if plan.max_tokens is None else np.minimum(room, plan.max_tokens)  # [B]
+        self._shortest = int(self._limits.min())
         shape = plan.control.row_mask.shape
-        self._own = np.full(shape[0], plan.rule == HYPOTHESIS)
+        self._own = plan.rule == HYPOTHESIS
+        self._utterances = np.arange(shape[0])
         self._alive = np.ones(shape, np.bool_)
-        self._finished = np.zeros(shape, np.bool_)
-        self._lengths = np.zeros(shape, np.int64)
         self._steps: list[Step] = []
         self._rows: list[NDArray[np.int64]] = []
-        self._written = np.zeros(shape, np.int64)
+        self._written: list[NDArray[np.int64]] = []  # [B, R] each
 
     def write(self, step: Step) -> bool:
-        """Takes the outcome of a step; False once nobody is writing any more."""
+        """Takes the outcome of a step; False once nobody is writing any more.
+
+        It does as little as it can: a step of the decoder leaves nothing of ours in the CPU's cache, and each array
+        operation here costs ten times what it does in a loop of its own.
+        """
         row = self._choose(step)
-        chosen = np.take_along_axis(step.candidate, row[:, None], axis=1)
-        self._written = np.where(self._own[:, None], step.candidate, chosen)  # [B, R]
+        chosen = step.candidate[self._utterances, row]  # [B]
+        written = step.candidate if self._own else np.broadcast_to(chosen[:, None], step.candidate.shape)
         self._steps.append(step)
         self._rows.append(row)
-        ended = self._alive & (self._written == self._plan.end_of_text)
-        self._finished |= ended
-        self._alive &= ~ended
-        self._lengths += self._alive
-        self._alive &= (len(self._steps) < self._limits)[:, None]
+        self._written.append(written)
+        ended = written == self._plan.end_of_text
+        if ended.any():
+            self._alive &= ~ended
+        if len(self._steps) >= self._shortest:
+            self._alive &= (len(self._steps) < self._limits)[:, None]
         return bool(self._alive.any())
 
     def _choose(self, step: Step) -> NDArray[np.int64]:
@@ -165,16 +170,20 @@ class _Transcript:
 
     def next_ids(self) -> NDArray[np.int64] | None:
         """Ids [B, R, 1] to feed when the host has chosen; None leaves it to the graph's own binding."""
-        return None if self._plan.host_rule is None else self._written[:, :, None]
+        return None if self._plan.host_rule is None else self._written[-1][:, :, None]
 
     def finish(self, prefill_seconds: float, step_seconds: tuple[float, ...]) -> DecodedBatch:
-        """All steps as arrays."""
+        """All steps as arrays, and where each row's text ends in them."""
+        written = np.stack(self._written)  # [T, B, R]
+        within = np.arange(len(written))[:, None, None] < self._limits[:, None]
+        ends = within & (written == self._plan.end_of_text)
+        finished = ends.any(axis=0)
         return DecodedBatch(
             candidates=np.stack([step.candidate for step in self._steps]),
             logprobs=np.stack([step.logprob for step in self._steps]),
             rows=np.stack(self._rows),
-            lengths=self._lengths,
-            finished=self._finished,
+            lengths=np.where(finished, ends.argmax(axis=0), self._limits[:, None]),
+            finished=finished,
             prefill_seconds=prefill_seconds,
             step_seconds=step_seconds,
         )

@@ -18,12 +18,13 @@ from das_asr.runtime.backends import BackendOptions, create_backend
 from das_asr.runtime.backends.base import Backend, LoadedStack
 from das_asr.runtime.clock import Clock
 from das_asr.runtime.decoding import DecodedBatch, Plan, Prompt, decode
-from das_asr.runtime.errors import ClosedError, OptionError
+from das_asr.runtime.errors import BundleError, ClosedError, OptionError
 from das_asr.runtime.features import LogMel
 from das_asr.runtime.job import Job
 from das_asr.runtime.manifest import Manifest, check_files, read_manifest
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.results import Transcription
+from das_asr.runtime.selection import RULES
 from das_asr.runtime.tokenizer import Tokenizer
 from das_asr.runtime.transcript import Transcript
 
@@ -61,6 +62,7 @@ class Transcriber:
         *,
         backend: str = "onnxruntime",
         spinning: bool = False,
+        huge_pages: bool = True,
         verify_files: bool = True,
     ) -> Transcriber:
         """Loads a bundle that `das-export` wrote.
@@ -71,6 +73,7 @@ class Transcriber:
             threads: threads of one run of a graph; None is all cores.
             backend: engine that runs the graphs.
             spinning: see `BackendOptions`.
+            huge_pages: see `BackendOptions`.
             verify_files: compare every file with its hash first.
 
         Raises:
@@ -79,8 +82,12 @@ class Transcriber:
             OptionError: an argument is out of range.
         """
         directory = Path(bundle)
-        options = BackendOptions(device, threads, spinning)
+        options = BackendOptions(device, threads, spinning, huge_pages)
         manifest = read_manifest(directory)
+        if manifest.rule not in RULES:
+            raise BundleError(
+                f"{directory} has the default rule {manifest.rule!r}, known are {', '.join(RULES)}. Export it again."
+            )
         if verify_files:
             check_files(manifest, directory)
         return cls(manifest, directory, create_backend(backend, directory, manifest, options))

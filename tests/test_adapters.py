@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from das_asr.runtime import adapters as module
 from das_asr.runtime.adapters import (
     Adapter,
     Stack,

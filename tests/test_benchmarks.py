@@ -357,7 +357,4 @@ def test_rtf_command_measures_in_its_own_process(exported: Work, tmp_path: Path)
         [*map(str, command), "--tokens", "99"], capture_output=True, text=True, check=False, env=environment
     )
     assert refused.returncode == 1
-    assert (
-        refused.stderr.strip()
-        == "Error: --tokens 99: this model writes at most 28 after its prompt. Ask for fewer."
-    )
+    assert refused.stderr.strip() == "Error: --tokens 99: this model writes at most 28 after its prompt. Ask for fewer."

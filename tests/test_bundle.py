@@ -62,15 +62,7 @@ class Sources:
         return ExportOptions(**{"base": str(self.base), "adapters": self.adapters, "output": output} | changes)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower with two threads, and much slower when another process wants the second core."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from das_asr.runtime import ClosedError, StepCandidates, Transcriber, Transcription
+from tests.rules import Gate
 
 THREADS = 8
 Clips = list[tuple[Path, str, str]]
@@ -22,21 +23,6 @@ Clips = list[tuple[Path, str, str]]
 def demo(demo_bundle: Path) -> Iterator[Transcriber]:
     with Transcriber.load(demo_bundle, threads=1) as transcriber:
         yield transcriber
-
-
-class Gate:
-    """A rule that halts at its first step until it is opened."""
-
-    name = "gate"
-    needs_logits = False
-
-    def __init__(self) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
-
-    def choose(self, step: StepCandidates) -> Any:
-        self.reached.set()
-        assert self.opened.wait(30)
-        return step.logprobs.argmax(axis=1)
 
 
 def said(result: Transcription) -> dict[str, Any]:

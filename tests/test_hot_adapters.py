@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from das_asr.runtime import AdapterError, OptionError, StepCandidates, Transcriber, Transcription
 from tests.bundles import make_bundle
 from tests.checkpoints import make_adapter, make_base
+from tests.rules import Gate
 
 Clips = list[tuple[Path, str, str]]
 Bundles = Callable[..., Path]
@@ -239,22 +240,6 @@ def test_a_failure_of_the_device_leaves_the_set_as_it_was(
 # --- Requests in flight ---
 
 
-class Gate:
-    """Chooses the most confident row; halts at its third step until it is opened."""
-
-    name = "gate"
-    needs_logits = False
-
-    def __init__(self) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
-
-    def choose(self, step: StepCandidates) -> Any:
-        if step.step == 2:
-            self.reached.set()
-            assert self.opened.wait(30)
-        return step.logprobs.argmax(axis=1)
-
-
 class Ungated(Gate):
     """The same without the halt."""
 
@@ -268,7 +253,7 @@ def test_a_running_request_keeps_the_set_it_started_with(
 ) -> None:
     with Transcriber.load(bundles("music", "weather"), threads=1) as running:
         undisturbed = written(running.transcribe(clips[0], rule=Ungated()))
-        gate, results = Gate(), []
+        gate, results = Gate(2), []
         request = threading.Thread(target=lambda: results.append(running.transcribe(clips[0], rule=gate)))
         request.start()
         assert gate.reached.wait(30)

@@ -23,11 +23,14 @@ class BackendOptions:
         threads: threads of one run of a graph; None leaves it to the engine (all cores).
         spinning: let idle threads of the pool spin while a run waits for them. Faster on an otherwise idle machine,
             ruinous on a busy one, so it is off unless asked for. Without effect on one thread.
+        huge_pages: ask Linux to keep the weights in pages of 2 MB, see `huge_pages.py`; costs a fraction of a second
+            at loading.
     """
 
     device: str = "cpu"
     threads: int | None = None
     spinning: bool = False
+    huge_pages: bool = True
 
     def __post_init__(self) -> None:
         kind, _, index = self.device.partition(":")

@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ig
 from das_asr.runtime.adapters import Stack
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
+from das_asr.runtime.backends.huge_pages import HugePages
 from das_asr.runtime.cache import GrowingCache
 from das_asr.runtime.contract import decoder_inputs, encoder_inputs, encoder_outputs
 from das_asr.runtime.errors import BackendError
@@ -89,8 +90,11 @@ class OnnxRuntimeBackend:
         self._rows = manifest.rows
         self._device, _, index = options.device.partition(":")
         self._device_id = int(index or 0)
+        pages = HugePages()
         self._encoder = self._session(directory / "encoder.onnx", options)
         self._decoder = self._session(directory / "decoder.onnx", options)
+        if options.huge_pages:
+            pages.advise()
 
     def load_stack(self, stack: Stack | None) -> LoadedStack:
         """Puts adapters on the device; None is the stack that the graphs carry, which needs no memory of its own."""

@@ -1,0 +1,25 @@
+"""Selection rules that tests plug in."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from das_asr.runtime import StepCandidates
+
+
+class Gate:
+    """Chooses the most confident row; halts at one of its steps until it is opened."""
+
+    name = "gate"
+    needs_logits = False
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def choose(self, step: StepCandidates) -> Any:
+        if step.step == self.step:
+            self.reached.set()
+            assert self.opened.wait(30)
+        return step.logprobs.argmax(axis=1)
