@@ -126,3 +126,7 @@ def _legend(result: Transcription) -> str:
         return f"  {result.rule}: {result.adapter} wins ({scores})"
     shares = {name: sum(word.adapter == name for word in result.words) for name in result.rows}
     return f"  {result.rule}, tau {result.tau:g}: words by row " + ", ".join(f"{k} {v}" for k, v in shares.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -276,8 +276,8 @@ def test_the_runtime_writes_what_the_baselines_write(exported: Work) -> None:
     counted = agreement(taken, 2)
     assert {name: item["with"] for name, item in counted.items()} == {
         "transformers": "transformers", "sequential-lora": "sequential-lora",
-        "sequential-decodes": "sequential-decodes", "peft-mixed": "sequential-lora", "das": "sequential-lora",
-        "das-hypothesis": "sequential-decodes",
+        "sequential-decodes": "sequential-decodes", "peft-mixed": "sequential-lora",
+        "peft-forward": "sequential-lora", "das": "sequential-lora", "das-hypothesis": "sequential-decodes",
     }  # fmt: skip
     assert all(item["equal"] == item["of"] == TOKENS for item in counted.values())
     assert taken["das"][0].rows == taken["sequential-lora"][0].rows
@@ -345,7 +345,7 @@ def test_rtf_command_measures_in_its_own_process(exported: Work, tmp_path: Path)
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"output": str(output), "runs": 6}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"output": str(output), "runs": 7}
     # The same adapters, drawn again, so the same bundle is used again.
     assert list(cache.glob("bundles/*-k2-*")) == [exported.bundle]
     (result,) = report.read_results([output])
