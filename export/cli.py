@@ -23,7 +23,7 @@ import click
 
 from das_asr.export import AdapterSource, ExportOptions, export_bundle, inspect_bundle, verify_bundle
 from das_asr.export.options import PRECISIONS
-from das_asr.runtime.console import Group
+from das_asr.runtime.console import Group, NamedFolder
 from das_asr.runtime.contract import RULE_CODES
 from das_asr.runtime.manifest import Manifest, ParityReport
 
@@ -46,7 +46,7 @@ def main() -> None:
     "--adapter",
     "adapters",
     multiple=True,
-    metavar="NAME=DIR",
+    type=NamedFolder(),
     help="PEFT LoRA checkpoint and the name of its row; up to 64, in the order of their rows.",
 )
 @click.option("--output", required=True, type=_BUNDLE, help="Bundle to write; missing folders above it are made.")
@@ -66,12 +66,12 @@ def main() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace the bundle at --output once the new one is complete and verified.")
 @_as_json
-def onnx(adapters: Sequence[str], as_json: bool, sample_audio: Sequence[Path], **choices: Any) -> None:  # fmt: skip
+def onnx(adapters: Sequence[tuple[str, Path]], as_json: bool, sample_audio: Sequence[Path], **choices: Any) -> None:
     """Export a base and its adapters to ONNX.
 
     The bundle appears at --output only when its graphs compute what transformers and PEFT compute, on every row.
     """
-    sources = tuple(AdapterSource.parse(text) for text in adapters)
+    sources = tuple(AdapterSource(name, directory) for name, directory in adapters)
     options = ExportOptions(adapters=sources, sample_audio=tuple(sample_audio), **choices)
     with _told(quiet=as_json), _terminable():
         manifest = export_bundle(options)

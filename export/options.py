@@ -20,18 +20,6 @@ class AdapterSource:
     name: str
     directory: Path
 
-    @classmethod
-    def parse(cls, text: str) -> AdapterSource:
-        """Reads `NAME=DIR`, the form of `--adapter`.
-
-        Raises:
-            OptionError: there is no `=`, or nothing on one side of it.
-        """
-        name, separator, directory = text.partition("=")
-        if not (separator and name and directory):
-            raise OptionError(f"--adapter {text!r}: expected NAME=DIR, for example --adapter music=adapters/music.")
-        return cls(name, Path(directory))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:

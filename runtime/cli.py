@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from das_asr.runtime.console import Command, parse_adapters
+from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import DasError
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.selection import RULES
@@ -44,8 +45,7 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
     "--load-adapter",
     "loaded",
     multiple=True,
-    metavar="NAME=DIR",
-    callback=parse_adapters,
+    type=NamedFolder(),
     help="Add a PEFT LoRA checkpoint as a further row.",
 )
 @click.option("--rule", type=click.Choice(RULES), help="How to choose among the rows; by default the bundle's.")
@@ -62,16 +62,23 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 @click.option("--threads", type=int, help="Threads; by default all cores.")
 @click.version_option(package_name="das-asr")
 def main(
-    files: Sequence[str], bundle: str, form: str, provenance: bool, loaded: dict[str, str], adapters: str | None,
-    device: str, threads: int | None, **choices: Any,
-) -> None:  # fmt: skip
+    files: Sequence[str],
+    bundle: str,
+    form: str,
+    provenance: bool,
+    loaded: Sequence[tuple[str, Path]],
+    adapters: str | None,
+    device: str,
+    threads: int | None,
+    **choices: Any,
+) -> None:
     """Transcribe FILES: wav, flac, ogg or mp3, at any rate and with any number of channels."""
     names = None if adapters is None else tuple(name for name in adapters.split(",") if name)
     options = DecodingOptions(adapters=names, **choices)
     from das_asr.runtime.transcriber import Transcriber  # after the options: a wrong one is told at once
 
     with Transcriber.load(bundle, device, threads) as transcriber:
-        for name, directory in loaded.items():
+        for name, directory in loaded:
             transcriber.load_adapter(name, directory)
         failed = 0
         for path, outcome in _transcribe_all(transcriber, files, options):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from das_asr.runtime.errors import DasError
 
-__all__ = ["Command", "Group", "parse_adapters"]
+__all__ = ["Command", "Group", "NamedFolder"]
 
 
 class Command(click.Command):
@@ -28,18 +29,18 @@ class Group(click.Group):
     command_class = Command
 
 
-def parse_adapters(_context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """Click callback: `NAME=DIR` given several times -> {name: directory}.
+class NamedFolder(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """`NAME=DIR` -> (name, directory); how the command lines take adapters."""
 
-    Raises:
-        click.BadParameter: without `=`, or a name given twice.
-    """
-    adapters: dict[str, str] = {}
-    for value in values:
-        name, equals, directory = value.partition("=")
-        if not (name and equals and directory):
-            raise click.BadParameter(f"{value!r} was given, NAME=DIR is expected.", param=parameter)
-        if name in adapters:
-            raise click.BadParameter(f"two adapters are called {name!r}. Give each a name of its own.", param=parameter)
-        adapters[name] = directory
-    return adapters
+    name = "NAME=DIR"
+
+    def convert(
+        self, value: str | tuple[str, Path], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Path]:
+        """Splits at the first `=`."""
+        if isinstance(value, tuple):  # click converts defaults again
+            return value
+        name, _, directory = value.partition("=")
+        if not (name and directory):
+            self.fail(f"{value!r} was given, NAME=DIR is expected, for example music=adapters/music.", param, ctx)
+        return name, Path(directory)

@@ -496,16 +496,6 @@ def test_options_that_cannot_be_are_refused(sources: Sources, changes: dict[str,
         sources.options(Path("bundle"), **changes)
 
 
-@pytest.mark.parametrize("text", ["music", "=music", "music=", ""])
-def test_an_adapter_needs_a_name_and_a_folder(text: str) -> None:
-    with pytest.raises(OptionError, match="NAME=DIR"):
-        AdapterSource.parse(text)
-
-
-def test_an_adapters_folder_may_hold_an_equals_sign() -> None:
-    assert AdapterSource.parse("music=a=b") == AdapterSource("music", Path("a=b"))
-
-
 def test_the_packaged_clips_are_cut_to_a_short_window() -> None:
     front_end = AudioFrontEnd(sample_rate=16000, n_fft=400, hop_length=160, window_samples=16000)
     clips = load_clips((), front_end)

@@ -126,7 +126,6 @@ def test_warnings_are_one_line(base: Path, tmp_path: Path, monkeypatch: pytest.M
     ("arguments", "message"),
     [
         (["--base", "nowhere"], "nowhere"),
-        (["--base", "x", "--adapter", "music"], "NAME=DIR"),
         (["--base", "x", "--adapter", "a=x", "--adapter", "a=y"], "Two adapters are named 'a'"),
         (["--base", "x", "--adapter", "a/b=x"], "cannot name an adapter"),
         (["--base", "x", "--tau", "2"], "--tau is 2.0"),
@@ -140,6 +139,18 @@ def test_mistakes_are_one_message(tmp_path: Path, arguments: list[str], message:
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["music", "=music", "music=", ""])
+def test_an_adapter_needs_a_name_and_a_folder(tmp_path: Path, text: str) -> None:
+    done = run("onnx", "--base", "x", "--output", tmp_path / "bundle", "--adapter", text)
+    assert done.exit_code == 2
+    assert "NAME=DIR is expected" in done.stderr
+
+
+def test_an_adapters_folder_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    done = run("onnx", "--base", "nowhere", "--output", tmp_path / "bundle", "--adapter", "music=a=b")
+    assert done.exit_code == 1  # past the parsing: it is the base that is missing
 
 
 @pytest.mark.parametrize("arguments", [[], ["--base", "x"], ["--base", "x", "--output", "y", "--rule", "best"]])
