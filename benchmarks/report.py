@@ -134,8 +134,9 @@ def _overheads(records: Sequence[Record]) -> str:
         cells = [_percent(values.get(kind)) for kind in ("parallel", "sequential") for values in (paper, here)]
         rows.append([str(domains), *cells, _quotient(paper), _quotient(here)])
     caption = (
-        "Overhead: extra time of a whole utterance over the same system without adapters, beside Table VI of the "
-        "DAS paper (arXiv 2501.12501, on a V100 GPU)."
+        "Overhead: extra time of a whole utterance over the same system without adapters, both relative to "
+        "transformers in their own repeats because the machine's speed drifts, beside Table VI of the DAS paper "
+        "(arXiv 2501.12501, on a V100 GPU)."
     )
     return f"{caption}\n\n{_table(head, rows)}" if rows else ""
 

@@ -70,12 +70,23 @@ def read_clips(folder: Path) -> list[Clip]:
         raise OptionError(f"{folder} has no metadata.jsonl. Give a folder with one: file_name and text on each line.")
     clips = []
     for line in filter(str.strip, listing.read_text(encoding="utf-8").splitlines()):
-        row = json.loads(line)
+        row = _row(line)
         if not {"file_name", "text"} <= row.keys():
             raise OptionError(f"{listing}: {line!r} lacks file_name or text.")
         samples = load_audio(folder / row["file_name"], target_rate=SAMPLE_RATE)
         clips.append(Clip(row["file_name"], samples, row["text"], row.get("domain", "")))
+    if not clips:
+        raise OptionError(f"{listing} lists no clips. Give at least one line with file_name and text.")
     return clips
+
+
+def _row(line: str) -> dict[str, str]:
+    """One line of the list; empty if it is not a JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def run_demo(bundle: Path, base: Path, clips: Sequence[Clip], say: Callable[[str], None]) -> dict[str, Any]:

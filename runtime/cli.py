@@ -13,7 +13,7 @@ import click
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import DasError
 from das_asr.runtime.options import DecodingOptions
-from das_asr.runtime.selection import RULES
+from das_asr.runtime.selection import HYPOTHESIS, RULES
 
 if TYPE_CHECKING:
     from das_asr.runtime.results import Transcription
@@ -73,7 +73,7 @@ def main(
     **choices: Any,
 ) -> None:
     """Transcribe FILES: wav, flac, ogg or mp3, at any rate and with any number of channels."""
-    names = None if adapters is None else tuple(name for name in adapters.split(",") if name)
+    names = None if adapters is None else tuple(name.strip() for name in adapters.split(",") if name.strip())
     options = DecodingOptions(adapters=names, **choices)
     from das_asr.runtime.transcriber import Transcriber  # after the options: a wrong one is told at once
 
@@ -131,6 +131,8 @@ def _legend(result: Transcription) -> str:
     if result.adapter is not None:
         scores = ", ".join(f"{item.adapter} {item.score:.3f}" for item in result.hypotheses)
         return f"  {result.rule}: {result.adapter} wins ({scores})"
+    if result.rule == HYPOTHESIS:
+        return f"  {result.rule}: no speech"
     shares = {name: sum(word.adapter == name for word in result.words) for name in result.rows}
     return f"  {result.rule}, tau {result.tau:g}: words by row " + ", ".join(f"{k} {v}" for k, v in shares.items())
 

@@ -74,7 +74,7 @@ def check_rule(rule: object) -> str | SelectionRule:
         if rule not in RULE_CODES:
             raise OptionError(f"rule is {rule!r}, expected one of {', '.join(RULES)} or a SelectionRule object.")
         return rule
-    if not isinstance(rule, SelectionRule):
+    if isinstance(rule, type) or not isinstance(rule, SelectionRule):
         raise OptionError(f"rule is {rule!r}: a rule object needs `name`, `needs_logits` and `choose(step)`.")
     return rule
 

@@ -124,7 +124,8 @@ repeats; torch 1.0; 2026-01-02.
 | PEFT, mixed batch | - | 0.250 (2.50) |
 | DAS, shared history | 0.050 (0.50) | 0.060 (0.60) |
 
-Overhead: extra time of a whole utterance over the same system without adapters, beside Table VI of the DAS paper \
+Overhead: extra time of a whole utterance over the same system without adapters, both relative to transformers in \
+their own repeats because the machine's speed drifts, beside Table VI of the DAS paper \
 (arXiv 2501.12501, on a V100 GPU).
 
 | domains | parallel, DAS paper | parallel, here | sequential, DAS paper | sequential, here | \

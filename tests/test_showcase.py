@@ -30,8 +30,10 @@ def test_the_demo_reports_every_system(
     assert sum(line.startswith(f"  {rule}") for line in said for rule in RULES) == len(clips) * len(RULES)
 
 
-@pytest.mark.parametrize(("line", "message"), [(None, "no metadata.jsonl"), ({"file_name": "a.wav"}, "lacks")])
-def test_a_folder_without_sentences_is_refused(tmp_path: Path, line: dict[str, str] | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"), [(None, "no metadata.jsonl"), ({"file_name": "a.wav"}, "lacks"), ([], "lacks")]
+)
+def test_a_folder_without_sentences_is_refused(tmp_path: Path, line: object, message: str) -> None:
     if line is not None:
         (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(OptionError, match=message):

@@ -12,6 +12,7 @@ from das_asr.runtime.manifest import Manifest
 __all__ = ["BACKENDS", "BackendOptions", "create_backend"]
 
 BACKENDS = ("onnxruntime",)
+_MOST_THREADS = 1024  # each graph starts as many; a slip of the finger must not use up the machine's processes
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class BackendOptions:
         kind, _, index = self.device.partition(":")
         if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
             raise OptionError(f"device is {self.device!r}, expected 'cpu', 'cuda' or 'cuda:N'.")
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads is {self.threads}, expected at least 1, or None for all cores.")
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
+            raise OptionError(f"threads is {self.threads}, expected 1 to {_MOST_THREADS}, or None for all cores.")
 
 
 def create_backend(name: str, directory: Path, manifest: Manifest, options: BackendOptions) -> Backend:

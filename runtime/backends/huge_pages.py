@@ -51,7 +51,7 @@ def _anonymous_regions() -> list[Region]:
     """Private writable memory without a file behind it."""
     if sys.platform != "linux":
         return []
-    fields = (line.split() for line in _MAPS.read_text(encoding="ascii").splitlines())
+    fields = (line.split() for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines())
     return [_addresses(entry[0]) for entry in fields if len(entry) == 5 and entry[1] == "rw-p"]
 
 

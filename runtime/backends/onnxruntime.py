@@ -90,10 +90,10 @@ class OnnxRuntimeBackend:
         self._rows = manifest.rows
         self._device, _, index = options.device.partition(":")
         self._device_id = int(index or 0)
-        pages = HugePages()
+        pages = HugePages() if options.huge_pages else None
         self._encoder = self._session(directory / "encoder.onnx", options)
         self._decoder = self._session(directory / "decoder.onnx", options)
-        if options.huge_pages:
+        if pages is not None:
             pages.advise()
 
     def load_stack(self, stack: Stack | None) -> LoadedStack:
