@@ -1,4 +1,4 @@
-"""`das-bench`: speed comparisons and the tables made from them."""
+"""`das-bench`: comparisons of speed and of word errors, and the tables made from them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from das_asr.benchmarks.output import check_folders, write_whole
+from das_asr.benchmarks.wer_cli import tune_command, wer_command
 from das_asr.runtime.console import Group
-from das_asr.runtime.errors import OptionError
 
 __all__ = ["main"]
 
@@ -31,7 +32,11 @@ def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="das-asr")
 def main() -> None:
-    """Measures this package against PyTorch and makes tables from the results."""
+    """Measures speed and word errors and makes tables from the results."""
+
+
+main.add_command(wer_command)
+main.add_command(tune_command)
 
 
 @main.command()
@@ -54,15 +59,14 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     from das_asr.benchmarks.rtf import RtfOptions
     from das_asr.benchmarks.worker import run_task
 
-    if not output.parent.is_dir():
-        raise OptionError(f"--output {output}: there is no folder {output.parent}. Make it first.")
+    check_folders(output=output)
     chosen = RtfOptions(**options)
     free = FreeOptions.of(audio, bundle, chosen)
     before = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
     specification = {"rtf": dataclasses.asdict(chosen), "free": free and dataclasses.asdict(free)}
     measured = run_task("rtf", specification, chosen.threads)
     result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
-    _write(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     click.echo(json.dumps({"output": str(output), "runs": len(result["runs"])}))
 
 
@@ -79,9 +83,9 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
 
     data = read_results(results)
     if markdown:
-        _write(markdown, render_report(data))
+        write_whole(markdown, render_report(data))
     if readme:
-        _write(readme, replace_between_markers(readme.read_text(encoding="utf-8"), render_rtf_table(data)))
+        write_whole(readme, replace_between_markers(readme.read_text(encoding="utf-8"), render_rtf_table(data)))
     if plot:
         from das_asr.benchmarks.plot import plot_rtf
 
@@ -102,13 +106,6 @@ def demo(bundle: Path, base: Path, clips: Path) -> None:
     spoken = read_clips(clips)
     with quiet_libraries():
         run_demo(bundle, base, spoken, click.echo)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ DasError                      anything the user can mend; the command lines prin
 ├── BackendError              a device, provider or package that was asked for cannot be had
 ├── OptionError               options that contradict each other or the model
 ├── ClosedError               a Transcriber is used after `close()`
-└── ExportError               the export cannot go on
-    ├── CheckpointError       the base checkpoint is broken or is not a Whisper that can be exported
-    └── ParityError           the exported graphs do not agree with PyTorch
+├── ExportError               the export cannot go on
+│   ├── CheckpointError       the base checkpoint is broken or is not a Whisper that can be exported
+│   └── ParityError           the exported graphs do not agree with PyTorch
+├── DataError                 a data set, manifest or domain file is missing, broken or empty
+├── SynthesisError            a language model or a speech engine cannot be had, or fails too often
+└── TrainingError             training cannot start, or cannot go on
 
 A message says what was given, what was expected and what to do. Everything that is not a `DasError` is a bug of ours
 and shows its trace.
@@ -28,9 +31,12 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "DasError",
+    "DataError",
     "ExportError",
     "OptionError",
     "ParityError",
+    "SynthesisError",
+    "TrainingError",
 ]
 
 
@@ -72,3 +78,15 @@ class CheckpointError(ExportError):
 
 class ParityError(ExportError):
     """The exported graphs do not agree with PyTorch."""
+
+
+class DataError(DasError):
+    """A data set, a manifest or a domain file is missing, broken or empty."""
+
+
+class SynthesisError(DasError):
+    """A language model or a speech engine cannot be had, or fails too often."""
+
+
+class TrainingError(DasError):
+    """Training cannot start, or cannot go on."""

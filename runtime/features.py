@@ -62,12 +62,22 @@ class LogMel:
             self._write(samples, out)
         return features
 
+    def power(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Mel power of the frames that hear any audio, before logarithm and normalisation: float32 [mels, heard]."""
+        audible = self._heard_frames(samples[: self._limit])
+        heard = np.empty((self.mels, len(audible)), np.float32)
+        self._fill(audible, heard)
+        return heard
+
+    def _fill(self, audible: NDArray[np.float32], heard: NDArray[np.float32]) -> None:
+        for start in range(0, len(audible), _CHUNK):
+            heard[:, start : start + _CHUNK] = self._mel_power(audible[start : start + _CHUNK])
+
     def _write(self, samples: NDArray[np.float32], out: NDArray[np.float32]) -> None:
         """Fills `out` [mels, frames]."""
         audible = self._heard_frames(samples[: self._limit])
         heard = out[:, : len(audible)]
-        for start in range(0, len(audible), _CHUNK):
-            heard[:, start : start + _CHUNK] = self._mel_power(audible[start : start + _CHUNK])
+        self._fill(audible, heard)
         np.log10(np.maximum(heard, _LEAST_POWER, out=heard), out=heard)
         silence = np.float32(np.log10(_LEAST_POWER))
         floor = max(heard.max(), silence) - np.float32(_DYNAMIC_RANGE)

@@ -1,0 +1,186 @@
+"""`das-bench wer` and `das-bench tune`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from das_asr.benchmarks.output import check_folders, write_whole
+from das_asr.runtime.console import Command
+from das_asr.runtime.errors import OptionError
+
+__all__ = ["tune_command", "wer_command"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+
+
+def _common(command: F) -> F:
+    """Options that both commands have."""
+    options = [
+        click.option("--bundle", "-b", required=True, type=FOLDER, help="What `das-export` wrote."),
+        click.option(
+            "--test",
+            "tests",
+            multiple=True,
+            required=True,
+            metavar="[NAME=]FOLDER",
+            help="AudioFolder or JSON Lines manifest; without a name it is split by its column `domain`.",
+        ),
+        click.option(
+            "--normalization",
+            type=click.Choice(["paper", "whisper"]),
+            default="paper",
+            show_default=True,
+            help="Lower case without punctuation, or Whisper's rules for English.",
+        ),
+        click.option("--wake-word", "wake_words", multiple=True, help="Removed at the start of texts; repeatable."),
+        click.option("--spellings", type=EXISTING, help="normalizer.json or checkpoint that has it, for `whisper`."),
+        click.option("--language", help="Code or English name; detected if the model knows several."),
+        click.option("--max-tokens", type=int, help="Longest text of a row in tokens."),
+        click.option("--batch-size", default=16, show_default=True, help="Utterances decoded together."),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+        click.option("--threads", type=int, help="Threads; by default all cores."),
+        click.option("--skip-unfit", is_flag=True, help="Leave out audio that is too long or too short."),
+        click.option("--output", "-o", required=True, type=FILE, help="JSON file to write."),
+        click.option("--figure", type=FILE, help="Picture to write: .png, .svg or .pdf."),
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+@click.command("wer", cls=Command)
+@_common
+@click.option("--system", "named", multiple=True, help="[NAME=][FOLDER:]KIND, or `all` (the default); repeatable.")
+@click.option("--systems", "listed", type=EXISTING, help="YAML or JSON map from names to such descriptions.")
+@click.option("--baseline", default="base", show_default=True, help="System that the others are compared with.")
+@click.option("--resamples", default=5000, show_default=True, help="Bootstrap resamples.")
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--markdown", type=FILE, help="Tables to write; without it they go to standard output.")
+@click.option("--worst", type=FILE, help="HTML page of the worst sentences to write.")
+@click.option("--worst-system", help="The system that --worst is about; by default the first joint one.")
+@click.option("--worst-count", default=20, show_default=True, help="Sentences of each set on that page.")
+def wer_command(
+    bundle: Path,
+    tests: tuple[str, ...],
+    named: tuple[str, ...],
+    listed: Path | None,
+    output: Path,
+    figure: Path | None,
+    markdown: Path | None,
+    worst: Path | None,
+    **options: Any,
+) -> None:
+    """Word error rates of systems on test sets, with intervals and significance.
+
+    A system is a KIND (base, own, oracle, hypothesis, paper, gain, deviation-max or an adapter's name) with options, as
+    in `hypothesis,score=total` or `DAS=gain,tau=0.1`, or is in a further folder, as in `ft-music=build/ft-music:base`.
+    """
+    from das_asr.benchmarks.machine import quiet_libraries
+    from das_asr.benchmarks.significance import Bootstrap
+    from das_asr.benchmarks.testsets import parse_source, read_sets
+    from das_asr.benchmarks.wer import WerOptions, evaluate
+    from das_asr.benchmarks.wer_plot import check_picture, plot_wer
+    from das_asr.benchmarks.wer_report import render_wer
+    from das_asr.benchmarks.wer_stats import WerStatistics
+    from das_asr.benchmarks.wer_systems import ALL, parse_systems, read_systems
+    from das_asr.benchmarks.worst import default_system, render_worst
+    from das_asr.runtime.manifest import read_manifest
+
+    check_folders(output=output, figure=figure, markdown=markdown, worst=worst)
+    check_picture(figure, "--figure")
+    bootstrap = Bootstrap(options["resamples"], options["seed"])
+    adapters = tuple(entry.name for entry in read_manifest(bundle).adapters)
+    described = [*named, *(read_systems(listed) if listed else ())]
+    systems = parse_systems(described or [ALL], adapters)
+    if (page := options["worst_system"]) and page not in {system.name for system in systems} | {"base"}:
+        raise OptionError(f"--worst-system {page!r} is none of the systems. Name one of them.")
+    chosen = WerOptions(bundle=bundle, baseline=options["baseline"], **_shared(options))
+    with quiet_libraries():
+        report = evaluate(systems, read_sets([parse_source(text) for text in tests]), chosen, _say)
+    statistics = WerStatistics(report, bootstrap)
+    write_whole(output, report.to_json())
+    text = render_wer(statistics)
+    if markdown:
+        write_whole(markdown, text)
+    else:
+        click.echo(text, nl=False)
+    if figure:
+        plot_wer(statistics, figure)
+    if worst:
+        write_whole(worst, render_worst(report, page or default_system(report), options["worst_count"]))
+
+
+@click.command("tune", cls=Command)
+@_common
+@click.option("--rule", "rules", multiple=True, help="Shared-history rule to try; by default all; `none` for none.")
+@click.option("--taus", help="Comma-separated thresholds to try.")
+@click.option("--retain", multiple=True, help="Set that must not become worse than with the base; repeatable.")
+@click.option("--allowance", default=0.0, show_default=True, help="By how many points of WER it may all the same.")
+@click.option("--apply", is_flag=True, help="Print the options of the best setting alone.")
+def tune_command(
+    bundle: Path,
+    tests: tuple[str, ...],
+    rules: tuple[str, ...],
+    taus: str | None,
+    retain: tuple[str, ...],
+    output: Path,
+    figure: Path | None,
+    apply: bool,
+    **options: Any,
+) -> None:
+    """The best rule and threshold on development sets.
+
+    It has the lowest mean WER over the sets among the settings that are no worse than the base on the sets to retain:
+    by default those without an adapter of their name.
+    """
+    from das_asr.benchmarks.machine import quiet_libraries
+    from das_asr.benchmarks.testsets import parse_source, read_sets
+    from das_asr.benchmarks.tune import TuneOptions, tune
+    from das_asr.benchmarks.tune_report import render_tuning
+    from das_asr.benchmarks.wer_plot import check_picture, plot_tuning
+
+    check_folders(output=output, figure=figure)
+    check_picture(figure, "--figure")
+    grid: dict[str, Any] = {} if taus is None else {"taus": _numbers(taus)}
+    if rules:
+        grid["rules"] = () if rules == ("none",) else rules
+    chosen = TuneOptions(
+        bundle=bundle, retained=retain or None, allowance=options["allowance"] / 100, **grid, **_shared(options)
+    )
+    with quiet_libraries():
+        report = tune(read_sets([parse_source(text) for text in tests]), chosen, _say)
+    write_whole(output, report.to_json())
+    if figure:
+        plot_tuning(report, figure)
+    click.echo(report.best.flags() if apply else render_tuning(report), nl=apply)
+
+
+def _shared(options: dict[str, Any]) -> dict[str, Any]:
+    """Wording, decoding and the rest of what both commands pass on."""
+    from das_asr.benchmarks.wer_decode import DecodeOptions
+    from das_asr.benchmarks.wording import Wording
+
+    running = ("device", "threads", "batch_size", "language", "max_tokens")
+    return {
+        "wording": Wording(options["normalization"], options["wake_words"], options["spellings"]),
+        "decoding": DecodeOptions(**{name: options[name] for name in running}),
+        "skip_unfit": options["skip_unfit"],
+    }
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise OptionError(f"--taus {text!r} is not a list of numbers such as 0.01,0.025,0.1.") from None
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

@@ -1,0 +1,3 @@
+"""Domain sentences: the CodecLM pipeline of the DAS paper over language models, and seeded template grammars."""
+
+__all__: list[str] = []
