@@ -4,6 +4,8 @@
 #   make test    every test but soak and GPU ones
 #   make check   lint, format, types, import directions
 #   make soak    the long runs
+#   make base    trains the tiny Whisper of the demo again: hours on two cores
+#   make tables  every table of docs/results.md: hours on two cores
 #   make bench   real-time factor over the number of adapters, into build/rtf.json
 #   make clean   removes everything made here but the virtual environment
 
@@ -19,12 +21,26 @@ ADAPTERS := music weather sports
 # Needed by the tests for its vocabulary files alone. Its dependencies (triton, numba) are large and unused: --no-deps.
 WHISPER := openai-whisper==20250625
 
+# Speech engines, and the texts that the tiny base learns English from. Without them the tests that speak are skipped.
+PROGRAMS := espeak-ng flite festival
+PACKAGES := $(PROGRAMS) festvox-kallpc16k festvox-kdlpc16k fortunes wordnet-base wamerican
+
 .DELETE_ON_ERROR:
-.PHONY: setup demo test check soak bench clean
+.PHONY: setup voices demo base test check soak bench clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+voices:
+	@if ! (type $(PROGRAMS) && test -d /usr/share/wordnet) >/dev/null; then \
+		if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+			apt-get update -qq; \
+			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; \
+		else \
+			echo "Speech engines are missing. On Debian or Ubuntu: sudo apt-get install $(PACKAGES)" >&2; \
+		fi; \
+	fi
+
+$(STAMP): pyproject.toml | voices
 	test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name it, as in: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +54,9 @@ $(BUNDLE)/manifest.json: $(STAMP) $(wildcard runtime/*.py runtime/*/*.py export/
 
 demo: $(BUNDLE)/manifest.json
 	$(BIN)/das-bench demo $(BUNDLE) --base $(DEMO)/base --clips $(DEMO)/audio
+
+base: $(STAMP)
+	$(BIN)/das-train base --work build/base-work --output build/base
 
 test: $(STAMP)
 	$(BIN)/pytest -m "not soak and not gpu"
@@ -56,6 +75,8 @@ bench: $(STAMP)
 	mkdir -p build
 	$(BIN)/das-bench rtf --output build/rtf.json
 	$(BIN)/das-bench report build/rtf.json
+
+include benchmarks/tables.mk
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -84,5 +84,5 @@ def small_weights(adapter: Path, threshold: float = SMALL) -> SmallWeights:
     for module in modules:
         a, b = (tensors[f"{module}.lora_{part}.weight"].astype(np.float32) for part in "AB")
         for row, matrix in zip(counts, (a, b, b @ a), strict=True):
-            row += (np.count_nonzero(np.abs(matrix) < threshold), matrix.size)
+            row += np.array([np.count_nonzero(np.abs(matrix) < threshold), matrix.size], np.int64)
     return SmallWeights(*(counts[:, 0] / counts[:, 1]).tolist())

@@ -82,7 +82,8 @@ def _bounds(interval: Interval, show: Any) -> str:
 def _caption(report: WerReport) -> str:
     sizes = [f"{name} {len(found)} / {report.words(name).sum()}" for name, found in report.sets.items()]
     parts = [f"Sets (utterances / words): {', '.join(sizes)}", wording_text(report.wording)]
-    parts += [(report.about.get("machine") or {}).get("processor"), (report.about.get("date") or "")[:10]]
+    machine = report.about.get("machine") or {}
+    parts += [str(machine.get("processor") or ""), str(report.about.get("date") or "")[:10]]
     return "; ".join(filter(None, parts)) + "."
 
 

@@ -50,7 +50,8 @@ __all__ = [
     "read_systems",
 ]
 
-OWN, ORACLE = "own", "oracle"
+OWN = "own"
+ORACLE = "oracle"
 SHARED_RULES = tuple(rule for rule in RULES if rule not in (BASE, HYPOTHESIS))
 ALL = "all"
 """In place of a system: every kind of the bundle."""
@@ -105,7 +106,10 @@ class System:
     def description(self) -> str:
         """The system in the language of the module, without its name."""
         kind = ",".join([self.kind, *(f"{key}={_shown(value)}" for key, value in self.choices.items())])
-        return ":".join(part for part in (str(self.folder or ""), kind) if part)
+        folder = "" if self.folder is None else str(self.folder)
+        if folder and not _has_slash(folder):
+            folder = f"./{folder}"
+        return ":".join(part for part in (folder, kind) if part)
 
 
 def parse_system(text: str) -> System:

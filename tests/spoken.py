@@ -1,4 +1,4 @@
-"""Tiny sets of spoken sentences for the training tests: noise bursts with texts, which random bases can be trained on."""
+"""Tiny sets of spoken sentences for the training tests: bursts of noise with texts, on which random bases train."""
 
 from __future__ import annotations
 

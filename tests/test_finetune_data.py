@@ -72,14 +72,14 @@ def test_base_agrees_with_the_exporter(demo_base: Path) -> None:
 def test_base_of_another_kind_is_refused(tmp_path: Path) -> None:
     directory = make_base(tmp_path / "base", d_model=32, seconds=2)
     edit_config(directory, "config.json", model_type="bart")
-    with pytest.raises(CheckpointError, match="'bart'.*'whisper'"):
+    with pytest.raises(CheckpointError, match=r"'bart'.*'whisper'"):
         load_base(directory)
 
 
 def test_front_end_of_another_base_is_refused(tmp_path: Path) -> None:
     directory = make_base(tmp_path / "base", d_model=32, seconds=2)
     edit_config(directory, "preprocessor_config.json", chunk_length=30)
-    with pytest.raises(CheckpointError, match="window of 30 s.*200 frames"):
+    with pytest.raises(CheckpointError, match=r"window of 30 s.*200 frames"):
         load_base(directory)
 
 

@@ -14,12 +14,16 @@ import pytest
 
 FOLDERS = ("runtime", "export", "training", "benchmarks")
 HEAVY = {
+    "accelerate",
+    "datasets",
     "huggingface_hub",
     "matplotlib",
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "openai",
     "peft",
+    "sherpa_onnx",
     "tensorrt",
     "torch",
     "transformers",
@@ -42,9 +46,28 @@ AT_MODULE_LEVEL = {
     "benchmarks/baselines.py": {"torch"},
     "benchmarks/lora.py": {"torch"},
     "benchmarks/torchloop.py": {"torch"},
+    "training/base/augment.py": {"torch"},
+    "training/base/batches.py": {"torch"},
+    "training/base/muon.py": {"torch"},
+    "training/base/network.py": {"torch", "transformers"},
+    "training/base/pretrain.py": {"torch"},
 }
 
-LIGHT_COMMANDS = ["das-transcribe", "das-export", "das-export onnx", "das-bench", "das-bench rtf"]
+LIGHT_COMMANDS = [
+    "das-transcribe",
+    "das-export",
+    "das-export onnx",
+    "das-synth",
+    "das-synth text",
+    "das-synth speech",
+    "das-train",
+    "das-train lora",
+    "das-train blora",
+    "das-train base",
+    "das-bench",
+    "das-bench rtf",
+    "das-bench wer",
+]
 HELP_SECONDS = 2.0  # of processor time: other work on the machine must not decide this
 
 

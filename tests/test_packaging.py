@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 SOURCES = ("runtime", "export", "training", "benchmarks")
-DATA_PACKAGES = {"das_asr.export.samples"}  # folders without code that the wheel holds
+_TEXT = "das_asr.training.text"
+DATA_PACKAGES = {"das_asr.export.samples", f"{_TEXT}.domains", f"{_TEXT}.grammars", f"{_TEXT}.prompts"}  # folders without code that the wheel holds
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _expected(repo: Path) -> set[str]:
-    """Names inside the wheel, without its metadata: code, type markers and the samples of the parity gate."""
-    patterns = ("**/*.py", "**/py.typed", "samples/*.flac")
+    """Names inside the wheel, without its metadata: code, type markers and the data that code reads."""
+    patterns = ("**/*.py", "**/py.typed", "samples/*.flac", "text/*/*.yaml", "text/prompts/*.txt")
     found = {path for folder in SOURCES for pattern in patterns for path in (repo / folder).glob(pattern)}
     demo = repo / "benchmarks" / "demo"
     return {f"das_asr/{path.relative_to(repo).as_posix()}" for path in found if not path.is_relative_to(demo)}

@@ -75,7 +75,9 @@ def test_systems_files(tmp_path: Path) -> None:
             read_systems(path)
 
 
-def test_pools_decode_no_more_than_is_asked_for(demo_bundle: Path, demo_adapters: dict[str, Path]) -> None:
+def test_pools_decode_no_more_than_is_asked_for(
+    demo_bundle: Path, demo_adapters: dict[str, Path], tmp_path: Path
+) -> None:
     texts = ["base", "gain", "p=paper,tau=0.3,adapters=weather+music", "sports"]
     (pool,) = make_pools(demo_bundle, parse_systems(texts, ()), print)
     assert pool.demand().own == ("sports",)
@@ -86,7 +88,8 @@ def test_pools_decode_no_more_than_is_asked_for(demo_bundle: Path, demo_adapters
     (pool,) = make_pools(demo_bundle, [parse_system(f"LoRA multi={demo_adapters['music']}")], print)
     assert pool.demand().own == ("LoRA-multi",)
     assert pool.extra == {"LoRA-multi": demo_adapters["music"]}
-    default, further = make_pools(demo_bundle, [parse_system(f"x={demo_bundle}/.")], print)
+    (tmp_path / "bundle").symlink_to(demo_bundle)
+    default, further = make_pools(demo_bundle, [parse_system(f"x={tmp_path}/bundle")], print)
     assert not default.entrants
     assert further.entrants[0].kind == "hypothesis"
 

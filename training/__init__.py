@@ -1,3 +1,1 @@
 """Adapters from a domain's name: synthetic text, synthetic speech, LoRA, full and Bayesian fine-tuning of Whisper."""
-
-__all__: list[str] = []

@@ -1,3 +1,1 @@
 """The tiny Whisper of the demo, trained from scratch on synthetic speech."""
-
-__all__: list[str] = []

@@ -38,7 +38,7 @@ class Schedule:
     decay_from: float = 0.4  # share of the total from which the rates fall, linearly, to zero
     few_frames: int = 4_000  # a batch at first: the alignment is found after a number of steps, not of utterances
     many_frames: int = 8_000
-    many_from: int = 30_000
+    many_from: int = 12_000
     clean_until: int = 9_000
     full_augmentation_from: int = 45_000
     ctc_weight: float = 0.5
@@ -214,7 +214,7 @@ def _features(batch: Batch, state: _State, schedule: Schedule) -> tuple[Tensor, 
     how = Augmentation(strength=schedule.strength(state.seen))
     power, frames = augmented(batch.power, batch.frames, how, state.generator)
     most = 2 * state.model.whisper.config.max_source_positions
-    extra = state.rng.randint(0, 160 if state.rng.random() < 0.2 else 30)
+    extra = state.rng.randint(0, 100 if state.rng.random() < 0.1 else 10)
     if state.rng.random() < schedule.full_windows(state.seen):
         extra = most
     length = min(most, power.shape[2] + extra)

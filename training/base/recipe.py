@@ -35,7 +35,7 @@ class BaseOptions:
     output: Path
     work: Path
     sentences: int = 72_000
-    heard: int = 300_000  # utterances, repetitions included
+    heard: int = 220_000  # utterances, repetitions included
     vocabulary: int = 1200
     seed: int = 0
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
@@ -110,7 +110,7 @@ def _train(options: BaseOptions, rows: list[Row], say: Callable[[str], None]) ->
         )
 
     train(model, examples, Schedule(total=options.heard, seed=options.seed), options.work, report)
-    _save(model, tokenizer, options)
+    _save(model, tokenizer, options, len(examples))
     return options.output
 
 
@@ -153,7 +153,7 @@ def _model(tokenizer: WhisperTokenizer, phonemes: int) -> TinyWhisper:
     return TinyWhisper(make_config(Shape(), len(tokenizer), tokenizer.eos_token_id, start), phonemes)
 
 
-def _save(model: TinyWhisper, tokenizer: WhisperTokenizer, options: BaseOptions) -> None:
+def _save(model: TinyWhisper, tokenizer: WhisperTokenizer, options: BaseOptions, utterances: int) -> None:
     """Writes the checkpoint beside its destination and renames it."""
     import torch
     from transformers import WhisperFeatureExtractor, WhisperProcessor
@@ -167,7 +167,7 @@ def _save(model: TinyWhisper, tokenizer: WhisperTokenizer, options: BaseOptions)
         extractor = WhisperFeatureExtractor(feature_size=whisper.config.num_mel_bins, chunk_length=seconds)
         extractor.save_pretrained(temporary)
         WhisperProcessor(extractor, tokenizer).save_pretrained(temporary)
-        (temporary / "training.json").write_text(json.dumps(_lineage(options), indent=2) + "\n")
+        (temporary / "training.json").write_text(json.dumps(_lineage(options, utterances), indent=2) + "\n")
         temporary.replace(options.output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -194,8 +194,9 @@ def _generation_config(tokenizer: WhisperTokenizer, config: Any) -> Any:
     )
 
 
-def _lineage(options: BaseOptions) -> dict[str, Any]:
+def _lineage(options: BaseOptions, utterances: int) -> dict[str, Any]:
     path = options.work / "curve.jsonl"
     curve = list(read_rows(path)) if path.exists() else []
     settings = {name: value for name, value in asdict(options).items() if name not in {"output", "work", "workers"}}
-    return {"recipe": "das-train base", "options": settings, "learning_curve": curve[:: max(1, len(curve) // 40)]}
+    thinned = curve[:: max(1, len(curve) // 40)]
+    return {"recipe": "das-train base", "options": settings, "utterances": utterances, "learning_curve": thinned}

@@ -1,3 +1,1 @@
 """BLoRA (arXiv 2510.18723): LoRA with a Gaussian posterior over its matrices, against forgetting."""
-
-__all__: list[str] = []

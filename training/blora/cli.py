@@ -33,7 +33,7 @@ _DEFAULT = PosteriorOptions()
 _POSTERIOR = tuple(field.name for field in dataclasses.fields(PosteriorOptions))
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+@click.command(cls=Command)
 @base_flags
 @data_flags
 @train_flags
@@ -43,7 +43,7 @@ _POSTERIOR = tuple(field.name for field in dataclasses.fields(PosteriorOptions))
     multiple=True,
     help="A domain of several that are trained one after the other, instead of --data; more may follow it.",
 )
-@click.argument("domains", type=NamedFolder(), nargs=-1)
+@click.argument("domains", type=NamedFolder(), nargs=-1, metavar="[NAME=DIR]...")
 @click.option("--start", type=click.Path(path_type=Path), help="An earlier output, whose posterior this starts from.")
 @click.option("--method", type=click.Choice(METHODS), default="blora", help="lora: the same without noise and KL.")
 @click.option("--beta", type=float, default=_DEFAULT.beta, help="Weight of the KL term.")

@@ -134,8 +134,11 @@ def _check_layers(options: FullOptions, base: Base) -> None:
 
 def _freeze(model: Any, options: FullOptions) -> int:
     """Leaves gradients to what is trained; returns how many parameters that is."""
-    if options.components != "encoder-decoder":
-        model.model.encoder.requires_grad_(False)
+    encoder = model.model.encoder
+    if options.components == "encoder-decoder":
+        encoder.embed_positions.requires_grad_(False)  # sinusoids; loading a checkpoint forgets that they are fixed
+    else:
+        encoder.requires_grad_(False)
     if options.last_layers is not None:
         model.model.decoder.requires_grad_(False)
         model.model.decoder.layers[-options.last_layers :].requires_grad_(True)

@@ -1,3 +1,1 @@
 """Domain sentences: the CodecLM pipeline of the DAS paper over language models, and seeded template grammars."""
-
-__all__: list[str] = []

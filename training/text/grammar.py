@@ -17,6 +17,9 @@ beside it (numbers, days, times, cities, first names, ...) are there in every gr
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 import random
 import re
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.errors import DataError
+from das_asr.training.text.yaml_file import is_yaml_path, parse_mapping, read_text
 
 __all__ = ["STYLES", "Grammar", "Sentence", "Template", "load_grammar", "shipped_grammars"]
 
@@ -75,11 +79,18 @@ class Grammar:
         if not self.templates:
             raise DataError(f"Grammar {self.name} has no templates.")
         for template in self.templates:
+            self._check_types(template)
             if template.style not in STYLES:
                 raise DataError(
                     f"Grammar {self.name}: style {template.style!r}; one of {', '.join(STYLES)} is expected."
                 )
             self._check(template.text, ())
+
+    def _check_types(self, template: Template) -> None:
+        texts = (template.text, template.skill, template.style)
+        weighed = isinstance(template.weight, int | float) and template.weight > 0
+        if not (weighed and all(isinstance(text, str) for text in texts)):
+            raise DataError(f"Grammar {self.name}: {template}: texts and a weight above 0 are expected.")
 
     def _check(self, text: str, inside: tuple[str, ...]) -> None:
         for slot in _SLOT.findall(text):
@@ -142,6 +153,17 @@ class Grammar:
             return sum(self._ways(choice.join(rest)) for choice in found.group(1).split("|"))
         return math.prod(self._slot_ways(slot) for slot in _SLOT.findall(text))
 
+    def slot_size(self, slot: str) -> float:
+        """How many ways there are to fill a slot."""
+        return self._slot_ways(slot)
+
+    @property
+    def sha256(self) -> str:
+        """Of its slots and templates."""
+        slots = {slot: list(fillers) for slot, fillers in self.slots.items()}
+        content = json.dumps([slots, [dataclasses.asdict(template) for template in self.templates]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
     def _slot_ways(self, slot: str) -> float:
         if slot not in self._sizes:
             self._sizes[slot] = sum(self._ways(filler) for filler in self.slots[slot])
@@ -166,39 +188,26 @@ def load_grammar(source: str | Path) -> Grammar:
     Raises:
         DataError: there is no such grammar, or the file is not a grammar.
     """
-    path = Path(source)
-    if path.suffix in {".yaml", ".yml"}:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"Grammar {path} cannot be read: {error}.") from error
-        return _grammar(path.stem, _parse(text, str(path)))
+    if is_yaml_path(source):
+        path = Path(source)
+        return _grammar(path.stem, parse_mapping(read_text(path, "Grammar"), f"Grammar {path}"))
     if str(source) not in shipped_grammars():
         raise DataError(
             f"There is no grammar {str(source)!r}. There are {', '.join(shipped_grammars())}, or give a YAML file."
         )
-    return _grammar(str(source), _parse(_shipped(f"{source}.yaml"), str(source)))
+    return _grammar(str(source), parse_mapping(_shipped(f"{source}.yaml"), f"Grammar {source}"))
 
 
 def _shipped(name: str) -> str:
     return (resources.files(_GRAMMARS) / name).read_text(encoding="utf-8")
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DataError(f"Grammar {name} is not YAML: {error}.") from error
-    if not isinstance(data, dict):
-        raise DataError(f"Grammar {name} holds {type(data).__name__}; `slots` and `templates` are expected.")
-    return data
-
-
 def _grammar(name: str, data: dict[str, Any]) -> Grammar:
-    common = _parse(_shipped(_COMMON), _COMMON)["slots"]
-    slots = {slot: _strings(fillers, name, slot) for slot, fillers in {**common, **data.get("slots", {})}.items()}
+    common = parse_mapping(_shipped(_COMMON), _COMMON)["slots"]
+    own = data.get("slots") or {}
+    if not isinstance(own, dict) or not isinstance(data.get("templates", []), list):
+        raise DataError(f"Grammar {name}: `slots` must be a mapping and `templates` a list.")
+    slots = {slot: _strings(fillers, name, slot) for slot, fillers in {**common, **own}.items()}
     try:
         templates = [Template(**item) for item in data.get("templates", [])]
     except TypeError as error:

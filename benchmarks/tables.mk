@@ -1,0 +1,93 @@
+# Every table of docs/results.md, from the domains' names: text, speech, adapters, fine-tuned models, test sets, WER.
+# Stopped at any moment it goes on where it was: what is whole is a file, and what is not is not there.
+#
+#   make tables                   everything; hours on two cores
+#   make tables EVAL=DIR          judged on DIR/{music,weather,sports,general}.txt beside the sentences of this repository
+#
+# Nothing that is judged on was trained on: other sentences, other voices, and for flite's slt another speaker too.
+
+T := build/tables
+BASE := benchmarks/demo/base
+MAIN := music weather sports
+MORE := cooking travel news shopping health navigation smart_home
+JUDGED := $(MAIN) general
+SENTENCES := benchmarks/sentences
+EVAL ?=
+COUNT := 3000
+
+SYNTH := $(BIN)/das-synth
+TRAIN := OMP_NUM_THREADS=1 $(BIN)/das-train
+LORA := --recipe tiny --epochs 4 --precision bfloat16 --threads 1 --no-progress --cache $(T)/features
+FULL := --recipe tiny --epochs 3 --precision bfloat16 --threads 1 --no-progress --cache $(T)/features --save-dtype float16
+WER := $(BIN)/das-bench wer --wake-word olly --wake-word "hey olly" --threads 2
+
+# The voices that no training hears; see training/base/voices.py.
+UNHEARD := --voice en-us+linda --voice en-us+f5 --voice en-us+m7 --voice en-us+klatt3 --voice en-us+steph3
+DEV_VOICES := --voice en-us+f2 --voice en-us+m3 --voice en-gb+f4 --voice en-us+klatt2 --voice en-us+Andy
+
+.PHONY: tables adapters
+.SECONDARY:
+
+tables: $(T)/tables.md
+
+adapters: $(foreach name,$(MAIN) $(MORE),$(T)/adapters/$(name)/adapter_config.json)
+
+# ---- training data: one speaker per domain, as in the paper ----
+
+EXCLUDE := $(wildcard $(SENTENCES)/*.txt $(SENTENCES)/dev/*.txt $(EVAL:%=%/*.txt))
+
+$(T)/text/%.jsonl: | $(STAMP)
+	mkdir -p $(@D)
+	$(SYNTH) text $* --count $(COUNT) --seed 1 $(foreach file,$(EXCLUDE),--exclude $(file)) --output $@ --quiet
+
+$(T)/speech/%/metadata.jsonl: $(T)/text/%.jsonl
+	mkdir -p $(@D)
+	$(SYNTH) speech $< --engine flite --voice rms --max-seconds 7.9 --output $(@D) --quiet
+
+# ---- adapters and fine-tuned models ----
+
+$(T)/adapters/%/adapter_config.json: $(T)/speech/%/metadata.jsonl
+	mkdir -p $(T)/adapters
+	$(TRAIN) lora --base $(BASE) --data $(<D) --output $(@D) $(LORA)
+
+$(T)/multi-lora/adapter_config.json: $(foreach name,$(MAIN),$(T)/speech/$(name)/metadata.jsonl)
+	$(TRAIN) lora --base $(BASE) $(foreach file,$^,--data $(dir $(file))) --multi --output $(@D) $(LORA)
+
+$(T)/full/%/config.json: $(T)/speech/%/metadata.jsonl
+	mkdir -p $(T)/full
+	$(TRAIN) full --base $(BASE) --data $(<D) --components decoder --output $(@D) $(FULL)
+
+$(T)/full-encoder/%/config.json: $(T)/speech/%/metadata.jsonl
+	mkdir -p $(T)/full-encoder
+	$(TRAIN) full --base $(BASE) --data $(<D) --components encoder-decoder --output $(@D) $(FULL)
+
+$(T)/multi-full/config.json: $(foreach name,$(MAIN),$(T)/speech/$(name)/metadata.jsonl)
+	$(TRAIN) full --base $(BASE) $(foreach file,$^,--data $(dir $(file))) --multi --output $(@D) $(FULL)
+
+# ---- bundles ----
+
+$(T)/bundle/manifest.json: $(foreach name,$(MAIN),$(T)/adapters/$(name)/adapter_config.json)
+	$(BIN)/das-export onnx --base $(BASE) $(foreach name,$(MAIN),--adapter $(name)=$(T)/adapters/$(name)) --output $(@D) --force
+
+$(T)/bundle-ten/manifest.json: $(foreach name,$(MAIN) $(MORE),$(T)/adapters/$(name)/adapter_config.json)
+	$(BIN)/das-export onnx --base $(BASE) $(foreach name,$(MAIN) $(MORE),--adapter $(name)=$(T)/adapters/$(name)) \
+		--output $(@D) --force
+
+# ---- test sets: $(T)/sets/<sentences>/<voice>/<domain> ----
+
+spoken = $(SYNTH) speech $< --domain $(notdir $(@D)) --max-seconds 7.9 --seed 2 --output $(@D) --quiet
+
+$(T)/sets/own/espeak/%/metadata.jsonl: $(SENTENCES)/%.txt | $(STAMP)
+	mkdir -p $(@D) && $(spoken) --engine espeak-ng $(UNHEARD)
+$(T)/sets/own/slt/%/metadata.jsonl: $(SENTENCES)/%.txt | $(STAMP)
+	mkdir -p $(@D) && $(spoken) --engine flite --voice slt
+$(T)/sets/dev/espeak/%/metadata.jsonl: $(SENTENCES)/dev/%.txt | $(STAMP)
+	mkdir -p $(@D) && $(spoken) --engine espeak-ng $(DEV_VOICES)
+$(T)/sets/dev/awb/%/metadata.jsonl: $(SENTENCES)/dev/%.txt | $(STAMP)
+	mkdir -p $(@D) && $(spoken) --engine flite --voice awb
+ifneq ($(EVAL),)
+$(T)/sets/eval/espeak/%/metadata.jsonl: $(EVAL)/%.txt | $(STAMP)
+	mkdir -p $(@D) && $(spoken) --engine espeak-ng $(UNHEARD)
+$(T)/sets/eval/slt/%/metadata.jsonl: $(EVAL)/%.txt | $(STAMP)
+	mkdir -p $(@D) && $(spoken) --engine flite --voice slt
+endif
