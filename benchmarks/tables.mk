@@ -91,3 +91,25 @@ $(T)/sets/eval/espeak/%/metadata.jsonl: $(EVAL)/%.txt | $(STAMP)
 $(T)/sets/eval/slt/%/metadata.jsonl: $(EVAL)/%.txt | $(STAMP)
 	mkdir -p $(@D) && $(spoken) --engine flite --voice slt
 endif
+
+# ---- judged ----
+
+MODELS := $(T)/multi-lora/adapter_config.json $(T)/multi-full/config.json \
+	$(foreach kind,full full-encoder,$(foreach name,$(MAIN),$(T)/$(kind)/$(name)/config.json))
+# Quick tables, without the fully fine-tuned models: make tables SYSTEMS=rules
+SYSTEMS := all
+SYSTEM_FILES := $(if $(filter all,$(SYSTEMS)),$(MODELS))
+SYSTEM_LIST := $(if $(filter all,$(SYSTEMS)),--systems benchmarks/tables.yaml,--system all)
+
+KINDS := own/espeak own/slt $(if $(EVAL),eval/espeak eval/slt)
+REPORTS := $(foreach kind,$(KINDS),$(T)/wer-$(subst /,-,$(kind)).json)
+
+define judged
+$(T)/wer-$(subst /,-,$(1)).json: $(T)/bundle/manifest.json $(foreach name,$(JUDGED),$(T)/sets/$(1)/$(name)/metadata.jsonl) $(SYSTEM_FILES)
+	$(WER) --bundle $(T)/bundle $(foreach name,$(JUDGED),--test $(name)=$(T)/sets/$(1)/$(name)) $(SYSTEM_LIST) \
+		--output $$@ --markdown $$(@:.json=.md) --figure $$(@:.json=.png)
+endef
+$(foreach kind,own/espeak own/slt eval/espeak eval/slt,$(eval $(call judged,$(kind))))
+
+$(T)/tables.md: $(REPORTS)
+	$(BIN)/das-bench tables $(foreach kind,$(KINDS),--report $(subst /,-,$(kind))=$(T)/wer-$(subst /,-,$(kind)).json) --output $@

@@ -1,4 +1,4 @@
-"""`das-bench wer` and `das-bench tune`."""
+"""`das-bench wer`, `das-bench tune` and `das-bench tables`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import click
 
 from das_asr.benchmarks.output import check_folders, write_whole
-from das_asr.runtime.console import Command
+from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["tune_command", "wer_command"]
+__all__ = ["tables_command", "tune_command", "wer_command"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -160,6 +160,27 @@ def tune_command(
     if figure:
         plot_tuning(report, figure)
     click.echo(report.best.flags() if apply else render_tuning(report), nl=apply)
+
+
+@click.command("tables", cls=Command)
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    required=True,
+    type=NamedFolder(),
+    help="Title and result of `das-bench wer`, TITLE=FILE; repeatable.",
+)
+@click.option("--output", "-o", required=True, type=FILE, help="Markdown file to write.")
+def tables_command(reports: tuple[tuple[str, Path], ...], output: Path) -> None:
+    """The DAS paper's tables II, IV and V from results whose systems are named as in benchmarks/tables.yaml."""
+    from das_asr.benchmarks.paper_tables import render_paper_tables
+    from das_asr.benchmarks.wer_result import read_report
+    from das_asr.benchmarks.wer_stats import WerStatistics
+
+    check_folders(output=output)
+    sections = [render_paper_tables(title, WerStatistics(read_report(path))) for title, path in reports]
+    write_whole(output, "\n".join(sections))
 
 
 def _shared(options: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import click
 
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import DasError
-from das_asr.runtime.options import DecodingOptions
+from das_asr.runtime.options import SCORES, DecodingOptions
 from das_asr.runtime.selection import HYPOTHESIS, RULES
 
 if TYPE_CHECKING:
@@ -52,12 +52,13 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 @click.option("--tau", type=float, help="Threshold of the rule in probability units.")
 @click.option(
     "--score",
-    type=click.Choice(["mean", "total"]),
+    type=click.Choice(SCORES),
     default="mean",
     show_default=True,
     help="How rule hypothesis scores a row's text.",
 )
-@click.option("--base-bias", type=float, default=0.0, show_default=True, help="Nats in favour of the base's text.")
+@click.option("--switch-cost", type=float, help="Let rows take over within a text, free where they agree, else at this.")
+@click.option("--base-bias", type=float, default=0.0, show_default=True, help="In favour of the base's text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=int, help="Threads; by default all cores.")
 @click.version_option(package_name="das-asr")
@@ -131,10 +132,12 @@ def _legend(result: Transcription) -> str:
     if result.adapter is not None:
         scores = ", ".join(f"{item.adapter} {item.score:.3f}" for item in result.hypotheses)
         return f"  {result.rule}: {result.adapter} wins ({scores})"
-    if result.rule == HYPOTHESIS:
+    if not result.words and result.rule == HYPOTHESIS:
         return f"  {result.rule}: no speech"
-    shares = {name: sum(word.adapter == name for word in result.words) for name in result.rows}
-    return f"  {result.rule}, tau {result.tau:g}: words by row " + ", ".join(f"{k} {v}" for k, v in shares.items())
+    counts = {name: sum(word.adapter == name for word in result.words) for name in result.rows}
+    shares = ", ".join(f"{name} {count}" for name, count in counts.items())
+    threshold = "" if result.rule == HYPOTHESIS else f", tau {result.tau:g}"
+    return f"  {result.rule}{threshold}: words by row {shares}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from typing import Literal
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, check_rule
 
-__all__ = ["DecodingOptions"]
+__all__ = ["SCORES", "DecodingOptions"]
+
+SCORES = ("mean", "total", "root")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,11 @@ class DecodingOptions:
         rule: a name from `selection.RULES` or a `SelectionRule`.
         tau: threshold of the rule in probability units (paper, Eq. 3); rules without a threshold ignore it.
         suppress_tokens: ids never written, on top of the checkpoint's own list.
-        score: how `hypothesis` scores a row's text: `mean` log-probability per token (end-of-text counted), or `total`.
-        base_bias: nats added to the base's score, in the unit of `score`; above 0 favours the base.
+        score: how `hypothesis` scores a row's text: `mean` log-probability per token (end-of-text counted), `total`, or
+            `root`, the mean over tokens of -sqrt(-log-probability), which a single doubtful token spoils less.
+        switch_cost: lets rows take over from each other within a text of `hypothesis`, see `word_paths`: free behind
+            a word that both wrote, else at this cost, in the unit of a token's score. None keeps to one row.
+        base_bias: added to the base's score, in the unit of `score`; above 0 favours the base.
         include_base: whether the base's own text may win under `hypothesis`.
         no_speech_threshold: with `logprob_threshold`, audio with a higher no-speech probability and a lower average
             log-probability is transcribed as empty. None skips the measurement, which costs one more decoder step.
@@ -41,7 +46,8 @@ class DecodingOptions:
     rule: str | SelectionRule | None = None
     tau: float | None = None
     suppress_tokens: tuple[int, ...] = ()
-    score: Literal["mean", "total"] = "mean"
+    score: Literal["mean", "total", "root"] = "mean"
+    switch_cost: float | None = None
     base_bias: float = 0.0
     include_base: bool = True
     no_speech_threshold: float | None = 0.6
@@ -52,8 +58,8 @@ class DecodingOptions:
         self._check_numbers()
         if self.task not in ("transcribe", "translate"):
             raise OptionError(f"task is {self.task!r}, expected 'transcribe' or 'translate'.")
-        if self.score not in ("mean", "total"):
-            raise OptionError(f"score is {self.score!r}, expected 'mean' or 'total'.")
+        if self.score not in SCORES:
+            raise OptionError(f"score is {self.score!r}, expected one of {', '.join(SCORES)}.")
         if not self.include_base and self.adapters == ():
             raise OptionError("include_base=False leaves nothing to choose from with adapters=(). Name an adapter.")
         if self.logprob_threshold != -1.0 and self.no_speech_threshold is None:
@@ -79,12 +85,14 @@ class DecodingOptions:
         for name in ("base_bias", "logprob_threshold"):
             if not math.isfinite(getattr(self, name)):
                 raise OptionError(f"{name} is {getattr(self, name)}, expected a finite number of nats.")
+        if self.switch_cost is not None and not 0 <= self.switch_cost < math.inf:
+            raise OptionError(f"switch_cost is {self.switch_cost}, expected a finite number of at least 0, or None.")
         threshold = self.no_speech_threshold
         if threshold is not None and not 0 <= threshold <= 1:
             raise OptionError(f"no_speech_threshold is {threshold}, expected a probability, or None.")
 
     def check_scoring(self, rule: str | SelectionRule) -> None:
-        """Refuses `score`, `base_bias` and `include_base` where the rows share one history: nothing is scored then.
+        """Refuses options of `hypothesis` where the rows share one history: nothing is scored then.
 
         Args:
             rule: the rule that will be used; without `rule` that is the bundle's.
@@ -96,6 +104,6 @@ class DecodingOptions:
             return
         shown = repr(rule if isinstance(rule, str) else rule.name)
         source = " by the bundle's default" if self.rule is None else ""
-        for name, default in (("score", "mean"), ("base_bias", 0.0), ("include_base", True)):
+        for name, default in (("score", "mean"), ("switch_cost", None), ("base_bias", 0.0), ("include_base", True)):
             if getattr(self, name) != default:
                 raise OptionError(f"{name} belongs to rule='hypothesis', but rule is {shown}{source}. Drop either.")

@@ -17,7 +17,8 @@ class TokenProvenance:
     """Which row wrote a token, and what the others would have written.
 
     With a shared history all rows stood at the same place. With own history (`hypothesis`) entry i of `candidates` and
-    `confidences` is what row i wrote into its own text at that step, None once that had ended.
+    `confidences` is what row i wrote into its own text at the step in which `row` wrote this token, None once that had
+    ended.
     """
 
     id: int
@@ -89,7 +90,7 @@ class Transcription:
     rule: str
     tau: float
     rows: tuple[str, ...]  # names of the rows: "base", then the adapters
-    adapter: str | None  # the winner under `hypothesis`; None when the rows share one history
+    adapter: str | None  # the winner under `hypothesis`; None for a shared history or several rows' words
     hypotheses: tuple[Hypothesis, ...]  # of every row under `hypothesis`, else empty
     timings: Timings
 

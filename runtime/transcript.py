@@ -15,6 +15,7 @@ import numpy as np
 from das_asr.runtime.decoding import DecodedBatch
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.results import Hypothesis, TokenProvenance, Word
+from das_asr.runtime.splicing import splice, token_values
 from das_asr.runtime.tokenizer import Tokenizer
 from das_asr.runtime.tokenizer import Word as TextWord
 
@@ -75,25 +76,37 @@ def read_own_histories(
     language: str | None,
     options: DecodingOptions,
 ) -> Transcript:
-    """Utterance `index` of a batch in which every row wrote its own text; the best score wins, ties the lowest row."""
+    """Utterance `index` of a batch in which every row wrote its own text.
+
+    The best score wins, ties go to the lowest row; with a `switch_cost` it is the best path through the rows' texts.
+    """
     hypotheses = tuple(_hypothesis(decoded, index, row, names, tokenizer, options) for row in range(len(names)))
     eligible = range(0 if options.include_base else 1, len(names))
     winner = max(eligible, key=lambda row: hypotheses[row].score)
-    best = hypotheses[winner]
-    steps = range(len(best.tokens) + best.finished)
-    provenance = tuple(_own_token(decoded, step, index, winner, names) for step in steps)
-    spoken = provenance[: len(best.tokens)]
+    path = _whole(decoded, index, winner)
+    if options.switch_cost is not None:
+        order = sorted(eligible, key=lambda row: -hypotheses[row].score)
+        path = splice(decoded, index, order, tokenizer, language, options) or path
+    provenance = tuple(_own_token(decoded, step, index, row, names) for row, step in path)
+    finished = bool(decoded.finished[index, path[-1][0]])
+    spoken = provenance[: len(provenance) - finished]
     words = _words(spoken, [False] * len(spoken), tokenizer, language)
+    tokens = tuple(token.id for token in spoken)
     return Transcript(
-        text=best.text,
-        tokens=best.tokens,
+        text=tokenizer.decode(tokens).strip(),
+        tokens=tokens,
         words=_mark_departures(words, tokenizer.split_words(hypotheses[0].tokens, language)),
         provenance=provenance,
-        avg_logprob=best.avg_logprob,
-        finished=best.finished,
-        adapter=best.adapter,
+        avg_logprob=_mean([token.logprob for token in provenance]),
+        finished=finished,
+        adapter=provenance[0].adapter if len({token.row for token in provenance}) == 1 else None,
         hypotheses=hypotheses,
     )
+
+
+def _whole(decoded: DecodedBatch, index: int, row: int) -> list[tuple[int, int]]:
+    """Every (row, step) of one row's text, the end-of-text counted."""
+    return [(row, step) for step in range(int(decoded.lengths[index, row] + decoded.finished[index, row]))]
 
 
 def _shared_token(decoded: DecodedBatch, step: int, index: int, row: int, names: Sequence[str]) -> TokenProvenance:
@@ -121,11 +134,11 @@ def _hypothesis(
     """Text and score of one row; the end-of-text counts as a token of the score."""
     length, finished = int(decoded.lengths[index, row]), bool(decoded.finished[index, row])
     logprobs = decoded.logprobs[: length + finished, index, row]
-    total = float(np.sum(logprobs, dtype=np.float64))
-    mean = total / max(len(logprobs), 1)
     tokens = tuple(decoded.candidates[:length, index, row].tolist())
     bias = options.base_bias if row == 0 else 0.0
-    score = (mean if options.score == "mean" else total) + bias
+    total = float(np.sum(token_values(logprobs, options.score), dtype=np.float64))
+    score = (total if options.score == "total" else total / max(len(logprobs), 1)) + bias
+    mean = float(np.sum(logprobs, dtype=np.float64)) / max(len(logprobs), 1)
     return Hypothesis(names[row], tokenizer.decode(tokens).strip(), tokens, score, mean, finished)
 
 

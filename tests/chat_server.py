@@ -58,7 +58,8 @@ def good_answer(body: dict[str, Any]) -> str:
     if "numbered list" in prompt:
         return "\n".join(f"{i}. They want {rng.choice(THINGS)} {rng.choice(PLACES)}." for i in range(1, count + 1))
     if "4 criteria" in prompt:
-        return '```json\n{"rubrics": ["a", "b", "c", "d"], "actions": ["add a place", "add a time", "be short", "ask"]}\n```'
+        actions = ["add a place", "add a time", "be short", "ask"]
+        return f"```json\n{json.dumps({'rubrics': list('abcd'), 'actions': actions})}\n```"
     if "Rewrite the brief" in prompt:
         return f"New brief: They ask for {rng.choice(THINGS)} {rng.choice(PLACES)} and are in a hurry."
     if "use_case" in prompt:
@@ -100,7 +101,7 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
             self.close_connection = reply.cut
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, *_: object) -> None:
             pass
 
     return Handler

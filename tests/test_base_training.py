@@ -225,7 +225,7 @@ def test_collate_pads_with_silence_and_ignored_targets() -> None:
     for row, frames in zip(batch.power, batch.frames.tolist(), strict=True):
         assert (row[:, frames:] == SILENCE).all()
     assert [(row == -3).any(0).sum().item() for row in batch.power] == [30, 51]
-    assert batch.tokens[0].tolist() == [0, 1, 2, 3, -100, -100, -100]
+    assert batch.tokens[0].tolist() == [0, 1, 2, 3, -100, -100, -100, -100]
     assert batch.lengths.tolist() == [3, 6]
 
 

@@ -67,7 +67,7 @@ def test_the_wheel_holds_exactly_the_expected_files(wheel: Path, repo: Path) -> 
 def test_the_wheel_has_samples_markers_and_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert sum(name.startswith("das_asr/export/samples/") for name in names) >= 3
-    assert {f"das_asr/{folder}/py.typed" for folder in ("runtime", "export", "benchmarks")} <= names
+    assert {f"das_asr/{folder}/py.typed" for folder in SOURCES} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -89,6 +89,8 @@ def test_the_wheel_has_the_commands(wheel: Path) -> None:
         "das-transcribe": "das_asr.runtime.cli:main",
         "das-export": "das_asr.export.cli:main",
         "das-bench": "das_asr.benchmarks.cli:main",
+        "das-synth": "das_asr.training.synth:main",
+        "das-train": "das_asr.training.cli:main",
     }
     assert {f"{command} = {target}" for command, target in commands.items()} <= set(lines)
 

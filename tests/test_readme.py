@@ -26,7 +26,7 @@ DOCUMENTS = sorted(
     path for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "export/**/*.md") for path in ROOT.glob(pattern)
 )
 README = ROOT / "README.md"
-COMMANDS = ("das-transcribe", "das-export", "das-bench")
+COMMANDS = ("das-transcribe", "das-export", "das-synth", "das-train", "das-bench")
 FIRST_LINE = "from das_asr.runtime import Transcriber"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -91,7 +91,7 @@ def test_what_is_no_domain_file(tmp_path: Path, content: bytes, message: str) ->
 
 
 def test_an_unknown_domain_names_the_shipped_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no domain 'musik'.*music.*weather"):
+    with pytest.raises(DataError, match=r"no domain 'musik'.*music.*weather"):
         load_domain("musik")
     with pytest.raises(DataError, match="cannot be read"):
         load_domain(tmp_path / "absent.yaml")

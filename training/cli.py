@@ -3,18 +3,19 @@
     das-train lora --base openai/whisper-base --data synthetic/music --language en --output adapters/music
     das-train full --base openai/whisper-base --data synthetic/music --language en --output music-full
     das-train compress adapters/music --rank 32 --output adapters/music-32
+    das-train blora --base openai/whisper-base --data synthetic/music --language en --output adapters/music
+    das-train base --work build/base-work --output build/base
 
 Nothing is done here that `das_asr.training` does not offer.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import click
 
 from das_asr.runtime.console import Group
+from das_asr.training.base.cli import base
+from das_asr.training.blora.cli import blora
 from das_asr.training.finetune.cli import compress, full, lora
 
 __all__ = ["main"]
@@ -26,9 +27,5 @@ def main() -> None:
     """Train adapters and bases for das-export."""
 
 
-for _command in (lora, full, compress):
+for _command in (lora, full, compress, blora, base):
     main.add_command(_command)
-for _name in ("blora", "base"):
-    _module = f"das_asr.training.{_name}.cli"
-    if importlib.util.find_spec(_module) is not None:
-        main.add_command(getattr(importlib.import_module(_module), _name))

@@ -18,7 +18,7 @@ __all__ = ["base"]
 )
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder that a stopped run goes on from.")
 @click.option("--sentences", default=72_000, show_default=True, help="Distinct sentences to speak.")
-@click.option("--heard", default=220_000, show_default=True, help="Utterances to train on, repetitions included.")
+@click.option("--heard", default=200_000, show_default=True, help="Utterances to train on, repetitions included.")
 @click.option("--vocabulary", default=1200, show_default=True, help="Size of the byte-level BPE.")
 @click.option("--seed", default=0, show_default=True, help="Of text, voices and training.")
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, help="Processes, and threads in training.")

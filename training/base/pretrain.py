@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from das_asr.training.base.augment import SILENCE, Augmentation, augmented, normalized
-from das_asr.training.base.batches import Batch, Example, collate, epoch_batches
+from das_asr.training.base.batches import GRID, Batch, Example, collate, epoch_batches, rounded_up
 from das_asr.training.base.muon import Muon
 from das_asr.training.base.network import TinyWhisper
 
@@ -43,6 +43,7 @@ class Schedule:
     full_augmentation_from: int = 45_000
     ctc_weight: float = 0.5
     token_noise: float = 0.06  # share of the decoder's inputs exchanged for random tokens
+    padded_share: float = 0.1  # of the batches that get up to 0.8 s more of silence
     full_window_share: float = 0.04
     full_window_share_late: float = 0.2
     late: float = 0.85  # share of the total after which full windows are common
@@ -214,11 +215,10 @@ def _features(batch: Batch, state: _State, schedule: Schedule) -> tuple[Tensor, 
     how = Augmentation(strength=schedule.strength(state.seen))
     power, frames = augmented(batch.power, batch.frames, how, state.generator)
     most = 2 * state.model.whisper.config.max_source_positions
-    extra = state.rng.randint(0, 100 if state.rng.random() < 0.1 else 10)
+    extra = GRID * state.rng.randint(1, 2) if state.rng.random() < schedule.padded_share else 0
     if state.rng.random() < schedule.full_windows(state.seen):
         extra = most
-    length = min(most, power.shape[2] + extra)
-    length -= length % 2
+    length = min(most, rounded_up(power.shape[2], GRID) + extra)
     power = nn.functional.pad(power, (0, max(0, length - power.shape[2])), value=SILENCE)[:, :, :length]
     return normalized(power), frames.clamp(max=length)
 

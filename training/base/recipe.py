@@ -35,7 +35,7 @@ class BaseOptions:
     output: Path
     work: Path
     sentences: int = 72_000
-    heard: int = 220_000  # utterances, repetitions included
+    heard: int = 200_000  # utterances, repetitions included
     vocabulary: int = 1200
     seed: int = 0
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)

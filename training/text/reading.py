@@ -18,6 +18,7 @@ _THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL 
 _FENCE = re.compile(r"```[\w-]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _ITEM = re.compile(r"^\s*(?:\(?\d{1,3}[.):\]]|[-*\u2022\u2013])\s+(\S.*)$", re.MULTILINE)
 _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
+_ADJACENT = re.compile(r"""(["'])\s+\1""")
 _LABEL = re.compile(r"^(?:\*\*)?[A-Za-z][A-Za-z ]{0,30}:(?:\*\*)?\s*")
 _QUOTES = "\"'\u201c\u201d\u2018\u2019`* "
 _FEWEST_LINES = 3  # bare lines are a list from here on; fewer are prose
@@ -111,6 +112,8 @@ def _parse(text: str) -> Any:
             return json.loads(form, strict=False)
         except ValueError:
             continue
+    if _ADJACENT.search(text):  # Python would make one string of the two
+        return None
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

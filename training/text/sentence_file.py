@@ -63,10 +63,10 @@ class SentenceFile:
             SynthesisError: the file is of other settings or not ours, or cannot be written.
             DataError: the unfinished file is damaged.
         """
-        _check_settings(output, settings)
-        if output.exists():
-            return cls(output, None)
         try:
+            _check_settings(output, settings)
+            if output.exists():
+                return cls(output, None)
             output.parent.mkdir(parents=True, exist_ok=True)
             if not beside(output, "settings.json").exists():
                 write_json(beside(output, "settings.json"), dict(settings))
