@@ -7,13 +7,13 @@
 # Nothing that is judged on was trained on: other sentences, other voices, and for flite's slt another speaker too.
 
 T := build/tables
-BASE := benchmarks/demo/base
+BASE ?= benchmarks/demo/base
 MAIN := music weather sports
 MORE := cooking travel news shopping health navigation smart_home
 JUDGED := $(MAIN) general
 SENTENCES := benchmarks/sentences
 EVAL ?=
-COUNT := 3000
+COUNT ?= 3000
 
 SYNTH := $(BIN)/das-synth
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/das-train

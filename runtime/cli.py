@@ -57,7 +57,9 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
     show_default=True,
     help="How rule hypothesis scores a row's text.",
 )
-@click.option("--switch-cost", type=float, help="Let rows take over within a text, free where they agree, else at this.")
+@click.option(
+    "--switch-cost", type=float, help="Let rows take over inside a text: free where they agree, else at this."
+)
 @click.option("--base-bias", type=float, default=0.0, show_default=True, help="In favour of the base's text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=int, help="Threads; by default all cores.")

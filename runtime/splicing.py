@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from das_asr.runtime.decoding import DecodedBatch
 from das_asr.runtime.options import DecodingOptions
-from das_asr.runtime.word_paths import Piece, align_rows, best_path
 from das_asr.runtime.tokenizer import Tokenizer
+from das_asr.runtime.word_paths import Piece, align_rows, best_path
 
 __all__ = ["splice", "token_values", "word_key"]
 

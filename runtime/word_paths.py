@@ -61,14 +61,16 @@ def align_rows(lines: Sequence[Sequence[str]], order: Sequence[int]) -> list[Col
     columns: list[list[int | None]] = []
     keys: list[set[str | None]] = []  # what stands in each column, None for a row without a word there
     for place, row in enumerate(order):
-        merged, merged_keys = [], []
+        merged: list[list[int | None]] = []
+        merged_keys: list[set[str | None]] = []
         for column, word in _align(keys, lines[row]):
-            entry = [None] * len(lines) if column is None else columns[column]
-            known = ({None} if place else set()) if column is None else keys[column]
+            entry: list[int | None] = [None] * len(lines) if column is None else columns[column]
+            known: set[str | None] = set(keys[column]) if column is not None else {None} if place else set()
             if word is not None:
                 entry[row] = word
             merged.append(entry)
-            merged_keys.append(known | {None if word is None else lines[row][word]})
+            known.add(None if word is None else lines[row][word])
+            merged_keys.append(known)
         columns, keys = merged, merged_keys
     return [tuple(column) for column in columns]
 
@@ -108,11 +110,11 @@ def best_path(
 ) -> list[tuple[int, int]]:
     """The places (row, word) of the path with the highest value, minus `switch_cost` for every switch that costs.
 
-    Of equal paths it is one that switches less, then one in a lower row.
+    A path stays in its row where a switch gains nothing, and ends in the first of equally good rows.
 
     Args:
         lines: the words of R rows.
-        columns: where they stand, as from `align_rows`.
+        columns: where they stand, as from `align_rows`, followed by one in which every row ends.
         switch_cost: in the unit of the values, at least 0.
         per_token: compare value / tokens instead of values. The best ratio is found after Dinkelbach (1967): the path
             with the most value above a rate has a higher rate, until it is the highest.
@@ -127,9 +129,7 @@ def best_path(
     return best.places()
 
 
-def _most_gain(
-    lines: Sequence[Sequence[Piece]], columns: Sequence[Column], switch_cost: float, rate: float
-) -> _Way:
+def _most_gain(lines: Sequence[Sequence[Piece]], columns: Sequence[Column], switch_cost: float, rate: float) -> _Way:
     """The path with the most value above `rate` per token."""
     ways = [_Way(0.0, 0)] * len(lines)
     for column in columns:
@@ -150,13 +150,17 @@ def _switch(
 ) -> list[_Way]:
     """The best way to go on with in each row behind a column; a row keeps its own unless another is better."""
     keys = [None if word is None else lines[row][word].key for row, word in enumerate(column)]
+    leader = max(ways, key=lambda way: way.gain(rate))
+    paid = _Way(leader.value - switch_cost, leader.tokens, leader.back, leader.place)
+    alike: dict[str, _Way] = {}  # the best way with this word
+    for way, key in zip(ways, keys, strict=True):
+        if key is not None and (key not in alike or way.gain(rate) > alike[key].gain(rate)):
+            alike[key] = way
     entered = []
     for own, key in zip(ways, keys, strict=True):
         best = own
-        for way, other in zip(ways, keys, strict=True):
-            same = way is own or (key is not None and key == other)
-            entering = way if same else _Way(way.value - switch_cost, way.tokens, way.back, way.place)
-            if entering.gain(rate) > best.gain(rate) + 1e-9:
-                best = entering
+        for other in (own if key is None else alike[key], paid):
+            if other.gain(rate) > best.gain(rate) + 1e-9:
+                best = other
         entered.append(best)
     return entered

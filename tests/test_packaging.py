@@ -16,7 +16,12 @@ import pytest
 
 SOURCES = ("runtime", "export", "training", "benchmarks")
 _TEXT = "das_asr.training.text"
-DATA_PACKAGES = {"das_asr.export.samples", f"{_TEXT}.domains", f"{_TEXT}.grammars", f"{_TEXT}.prompts"}  # folders without code that the wheel holds
+DATA_PACKAGES = {
+    "das_asr.export.samples",
+    f"{_TEXT}.domains",
+    f"{_TEXT}.grammars",
+    f"{_TEXT}.prompts",
+}  # folders without code that the wheel holds
 
 
 @pytest.fixture(scope="module")

@@ -78,9 +78,8 @@ def _warped(power: Tensor, frames: Tensor, how: Augmentation, rng: torch.Generat
     longer += longer % 2
     times = (torch.arange(longer)[None] + 0.5) / stretch[:, None] / length * 2 - 1  # [B, F'], -1 .. 1
     bins = (torch.arange(mels)[None] + 0.5) * warp[:, None] / mels * 2 - 1  # [B, mels]
-    grid = torch.stack(
-        torch.broadcast_tensors(times[:, None, :], bins[:, :, None]), dim=-1
-    )  # [B, mels, F', 2] as (x, y)
+    across = times[:, None, :].expand(-1, mels, -1)
+    grid = torch.stack((across, bins[:, :, None].expand_as(across)), dim=-1)  # [B, mels, F', 2] as (x, y)
     # Padding by zeros is silence once the level is moved to 0.
     moved = torch.nn.functional.grid_sample((power - SILENCE)[:, None], grid, align_corners=False)[:, 0] + SILENCE
     return moved, torch.round(frames * stretch).long().clamp(max=longer)

@@ -32,7 +32,8 @@ def orthogonalized(update: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = matrix @ matrix.mT
         matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
-    return (matrix.mT if tall else matrix).to(update.dtype)
+    result: Tensor = matrix.mT if tall else matrix
+    return result.to(update.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,7 +45,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every matrix that has a gradient."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
@@ -60,7 +61,7 @@ class Muon(torch.optim.Optimizer):
         return buffer
 
     def _update(self, parameters: list[Tensor], longest: float, group: dict[str, Any]) -> None:
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         buffers = [
             self.state[parameter].setdefault("momentum", torch.zeros_like(parameter)) for parameter in parameters
         ]

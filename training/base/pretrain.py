@@ -126,7 +126,8 @@ class _State:
 
 def _parameter_groups(model: TinyWhisper) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices for Muon, everything else)."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 and "embed" not in name and "phonemes" not in name
@@ -194,7 +195,8 @@ def _step(state: _State, examples: list[Example], schedule: Schedule) -> tuple[f
     with torch.autocast("cpu", torch.bfloat16):
         noisy = _noisy_inputs(batch.tokens, state, schedule)
         entropy, ctc = state.model.losses(features, frames, batch.tokens, noisy, batch.phonemes, batch.lengths)
-    (entropy + schedule.ctc_weight * ctc).backward()
+    loss = entropy + schedule.ctc_weight * ctc
+    loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(state.others, 1.0)
     for optimizer in (state.muon, state.adam):
         optimizer.step()

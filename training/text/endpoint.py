@@ -122,7 +122,7 @@ class EndpointModel:
 
     def _refusal(self, error: Any) -> Failure:
         status, message = error.status_code, str(error)
-        if status in _FATAL_STATUS or "insufficient_quota" in message:
+        if status in _FATAL_STATUS or "insufficient_quota" in f"{error.code} {error.type} {message}":
             raise self._fatal(
                 f"refuses requests (status {status}): {message}", _FATAL_STATUS.get(status, "the account")
             ) from error

@@ -86,7 +86,7 @@ class LocalModel:
             ) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.model, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
+            model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
         except (OSError, ValueError) as error:
             raise SynthesisError(
                 f"The chat model {self.model} cannot be loaded: {error}. A folder or a hub id is expected."
