@@ -65,9 +65,10 @@ class Muon(torch.optim.Optimizer):
         buffers = [
             self.state[parameter].setdefault("momentum", torch.zeros_like(parameter)) for parameter in parameters
         ]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        looked_ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov
-        updates = orthogonalized(torch.stack(list(looked_ahead))).unbind()
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        # 0.2 sqrt(longer side): the size of an AdamW update, so that both groups bear similar learning rates.
-        torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * 0.2 * longest)
+        for buffer, gradient in zip(buffers, gradients, strict=True):
+            buffer.lerp_(gradient, 1 - group["momentum"])
+        ahead = [gradient.lerp(buffer, group["momentum"]) for gradient, buffer in zip(gradients, buffers, strict=True)]
+        updates = orthogonalized(torch.stack(ahead)).unbind()
+        for parameter, update in zip(parameters, updates, strict=True):
+            # 0.2 sqrt(longer side): the size of an AdamW update, so that both groups bear similar learning rates.
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * 0.2 * longest)

@@ -48,8 +48,6 @@ def make_config(shape: Shape, vocabulary: int, end_of_text: int, start: int) -> 
         decoder_start_token_id=start,
         suppress_tokens=None,
         begin_suppress_tokens=None,
-        # The backward pass of SDPA on CPU costs half of a step; plain attention is up to twice as fast.
-        attn_implementation="eager",
     )
 
 
@@ -58,7 +56,10 @@ class TinyWhisper(nn.Module):
 
     def __init__(self, config: WhisperConfig, phonemes: int) -> None:
         super().__init__()
+        # The backward pass of SDPA on CPU costs half of a step; plain attention is up to twice as fast.
+        config._attn_implementation = "eager"
         self.whisper = WhisperForConditionalGeneration(config)
+        self.end_of_text = int(config.bos_token_id or 0)
         self.phonemes = nn.Linear(config.d_model, phonemes + 1)  # index 0 is CTC's blank
 
     def encode(self, features: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from das_asr.training.base.voices import Take, draw_take
 from das_asr.training.jsonl import Row, read_rows, write_rows
 from das_asr.training.speech.engines import EngineFailure, create_engine, speak_16k
 
-__all__ = ["RATE", "SHARD", "Prepared", "load_prepared", "prepare", "raw_features"]
+__all__ = ["SHARD", "Prepared", "load_prepared", "prepare", "raw_features"]
 
-RATE, HOP, FFT = 16_000, 160, 400
+_RATE, _HOP, _FFT = 16_000, 160, 400
 SHARD = 500  # utterances
 _FEATURES, _ROWS = "features.npy", "rows.jsonl"
 _LEAST_POWER = 1e-10
@@ -44,8 +44,8 @@ class Prepared:
 
 def raw_features(samples: NDArray[np.float32], mels: int) -> NDArray[np.float16]:
     """log10 mel power of mono samples at 16 kHz, f16 [frames, mels], before Whisper's normalisation."""
-    window = -(-len(samples) // (2 * HOP)) * 2 * HOP  # whole pairs of frames: the encoder halves them
-    front_end = AudioFrontEnd(sample_rate=RATE, n_fft=FFT, hop_length=HOP, window_samples=window)
+    window = -(-len(samples) // (2 * _HOP)) * 2 * _HOP  # whole pairs of frames: the encoder halves them
+    front_end = AudioFrontEnd(sample_rate=_RATE, n_fft=_FFT, hop_length=_HOP, window_samples=window)
     power = LogMel(front_end, mels).power(samples)  # [mels, frames]
     return np.log10(np.maximum(power, _LEAST_POWER)).T.astype(np.float16)
 
@@ -99,7 +99,7 @@ def _speak_all(rows: list[Row], mels: int, seconds: float) -> tuple[list[Row], l
         except EngineFailure as error:
             failures.append(f"{row['text']!r}: {error}")
             continue
-        if len(samples) <= seconds * RATE:
+        if len(samples) <= seconds * _RATE:
             features.append(raw_features(samples, mels))
             voice = f"{take.voice.engine}/{take.voice.name}"
             spoken.append({**row, "voice": voice, "frames": len(features[-1])})
@@ -112,7 +112,7 @@ def _resampled(samples: NDArray[np.float32], take: Take) -> NDArray[np.float32]:
     """Plays the samples faster by the factor: shorter, higher, with a shorter vocal tract."""
     if take.resample == 1.0:
         return samples
-    faster: NDArray[np.float32] = soxr.resample(samples, take.resample * RATE, RATE, quality="HQ")
+    faster: NDArray[np.float32] = soxr.resample(samples, take.resample * _RATE, _RATE, quality="HQ")
     return faster
 
 

@@ -230,7 +230,7 @@ def _noisy_inputs(tokens: Tensor, state: _State, schedule: Schedule) -> Tensor:
     inputs = tokens[:, :-1].clamp(min=0)
     chosen = torch.rand(inputs.shape, generator=state.generator) < schedule.token_noise
     chosen[:, :4] = False
-    vocabulary = state.model.whisper.config.bos_token_id  # text tokens come before the special ones
+    vocabulary = state.model.end_of_text  # text tokens come before the special ones
     other = torch.randint(0, vocabulary, inputs.shape, generator=state.generator)
     return torch.where(chosen, other, inputs)
 

@@ -147,10 +147,10 @@ def _examples(options: BaseOptions, tokenizer: WhisperTokenizer) -> tuple[list[E
 
 def _model(tokenizer: WhisperTokenizer, phonemes: int) -> TinyWhisper:
     from das_asr.training.base.network import Shape, TinyWhisper, make_config
-    from das_asr.training.base.tokens import SPECIAL_TOKENS
+    from das_asr.training.base.tokens import SPECIAL_TOKENS, token_ids
 
-    start = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[1])
-    return TinyWhisper(make_config(Shape(), len(tokenizer), tokenizer.eos_token_id, start), phonemes)
+    end, start = token_ids(tokenizer, SPECIAL_TOKENS[:2])
+    return TinyWhisper(make_config(Shape(), len(tokenizer), end, start), phonemes)
 
 
 def _save(model: TinyWhisper, tokenizer: WhisperTokenizer, options: BaseOptions, utterances: int) -> None:
@@ -160,7 +160,8 @@ def _save(model: TinyWhisper, tokenizer: WhisperTokenizer, options: BaseOptions,
 
     temporary = options.output.with_name(f".{options.output.name}.{os.getpid()}")
     try:
-        whisper = model.whisper.to(torch.float16)
+        whisper: Any = model.whisper
+        whisper.to(torch.float16)
         whisper.generation_config = _generation_config(tokenizer, whisper.config)
         whisper.save_pretrained(temporary)
         seconds = whisper.config.max_source_positions // 50

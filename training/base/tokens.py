@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import WhisperTokenizer
 
-__all__ = ["SPECIAL_TOKENS", "prompt_ids", "train_tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "prompt_ids", "token_ids", "train_tokenizer"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -54,4 +54,10 @@ def train_tokenizer(texts: Iterable[str], size: int) -> WhisperTokenizer:
 
 def prompt_ids(tokenizer: WhisperTokenizer) -> list[int]:
     """Ids of the tokens before the text."""
-    return [tokenizer.convert_tokens_to_ids(token) for token in _PROMPT]
+    return token_ids(tokenizer, _PROMPT)
+
+
+def token_ids(tokenizer: WhisperTokenizer, tokens: Iterable[str]) -> list[int]:
+    """Ids of special tokens."""
+    ids: Any = tokenizer.convert_tokens_to_ids
+    return [int(ids(token)) for token in tokens]

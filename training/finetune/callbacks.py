@@ -23,7 +23,7 @@ def own_callbacks(options: TrainOptions, batches: Batches) -> list[TrainerCallba
         callbacks.append(_Bar())
     if options.tensorboard is not None:
         from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         callbacks.append(TensorBoardCallback(SummaryWriter(log_dir=str(options.tensorboard))))
     return callbacks

@@ -86,8 +86,8 @@ class DomainTrainer(Seq2SeqTrainer):  # type: ignore[misc]
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=data.train,
-            eval_dataset=data.eval,
+            train_dataset=data.train,  # pyright: ignore[reportArgumentType]
+            eval_dataset=data.eval,  # pyright: ignore[reportArgumentType]
             callbacks=callbacks,
         )
         for noisy in (PrinterCallback, ProgressCallback):
@@ -153,9 +153,10 @@ class DomainTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         assert data is not None
         size = self.args.per_device_eval_batch_size
         hypotheses: list[str] = []
-        self.model.eval()
+        model: Any = self.model
+        model.eval()
         for start in range(0, len(data), size):
             items = [data[index] for index in range(start, min(start + size, len(data)))]
             batch = self._prepare_inputs(collate(items))
-            hypotheses += greedy_texts(self.model, batch, base)
+            hypotheses += greedy_texts(model, batch, base)
         return word_error_rate(data.texts, hypotheses)

@@ -164,7 +164,7 @@ def _adapted(model: Any, options: LoraOptions, start: Path) -> Any:
     set_seed(options.train.seed)  # the data may have drawn random numbers
     config = LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]  # a float is fine, and after PiSSA it is one
         use_rslora=options.rslora,
         lora_dropout=options.dropout,
         target_modules=options.targets,
