@@ -1,7 +1,7 @@
 """Choosing rule and threshold on a development set.
 
 What rows write for themselves is decoded once; every score, exponent and bias of `hypothesis` is then computed from the
-texts and their log-probabilities. Rules with a shared history are decoded at every tau, where their text can differ.
+texts and their log-probabilities, and paths at every `switch_cost` are read from the same decoding. Rules with a shared history are decoded at every tau, where their text can differ.
 
 The best trial has the lowest mean word error rate over the sets among those that are no worse than the base on every
 set that the adapters must not harm. The base itself is a trial, so there always is one.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +22,15 @@ import numpy as np
 from das_asr.benchmarks.machine import describe_machine, describe_run
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
 from das_asr.benchmarks.wer import open_pool, row_errors, winners
-from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, Demand, OwnTexts, decode_set
+from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, Demand, JointText, OwnTexts, decode_set
 from das_asr.benchmarks.wer_plan import open_bundle
+from das_asr.benchmarks.wer_reading import Reading
 from das_asr.benchmarks.wer_replay import SharedRule
 from das_asr.benchmarks.wer_systems import SHARED_RULES
 from das_asr.benchmarks.wordcounts import count_errors
 from das_asr.benchmarks.wording import Normalize, Wording, Words
 from das_asr.runtime.errors import OptionError
+from das_asr.runtime.options import SCORES
 from das_asr.runtime.results import BASE
 from das_asr.runtime.selection import HYPOTHESIS
 
@@ -39,6 +42,7 @@ MEAN = "mean"
 TAUS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BIASES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
+SWITCH_COSTS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class TuneOptions:
         taus: thresholds in probability units.
         exponents: of the length in the score of `hypothesis`: 1 is `mean`, 0 is `total`.
         biases: in favour of the base, in nats for a text of the sets' median length.
+        switch_costs: of `hypothesis`, to try with every score; none keeps to whole rows.
         retained: sets that must not become worse than with the base; None: those without an adapter of their name.
         allowance: by how much they may, as a difference of word error rates.
         wording: how texts are compared.
@@ -63,6 +68,7 @@ class TuneOptions:
     taus: tuple[float, ...] = TAUS
     exponents: tuple[float, ...] = EXPONENTS
     biases: tuple[float, ...] = BIASES
+    switch_costs: tuple[float, ...] = SWITCH_COSTS
     retained: tuple[str, ...] | None = None
     allowance: float = 0.0
     wording: Wording = field(default_factory=Wording)
@@ -76,6 +82,8 @@ class TuneOptions:
             raise OptionError(f"--taus is {self.taus}, expected probabilities between 0 and 1.")
         if not (self.exponents and self.biases):
             raise OptionError("exponents and biases need at least one value each, as in (1.0,) and (0.0,).")
+        if wrong := [cost for cost in self.switch_costs if not 0 <= cost < math.inf]:
+            raise OptionError(f"switch_costs has {wrong[0]}, expected finite numbers of at least 0.")
         if self.allowance < 0:
             raise OptionError(f"--allowance is {self.allowance}, expected a difference of error rates of at least 0.")
 
@@ -89,11 +97,17 @@ class Trial:
     tau: float | None = None
     exponent: float | None = None
     base_bias: float = 0.0  # in the unit of the score
+    reading: Reading | None = None  # a score or a path that no exponent can say
     allowed: bool = True  # harms none of the retained sets
 
     def rate(self, name: str) -> float:
         """The rate on a set, or `MEAN`."""
         return float(np.mean(list(self.wer.values()))) if name == MEAN else self.wer[name]
+
+    @property
+    def switch_cost(self) -> float | None:
+        """Of a path through the rows' texts; None for whole rows."""
+        return None if self.reading is None else self.reading.switch_cost
 
     @property
     def applicable(self) -> bool:
@@ -105,8 +119,11 @@ class Trial:
         """The setting in short."""
         score = {None: None, 0.0: "score total", 1.0: "score mean"}.get(self.exponent, f"exponent {self.exponent}")
         tau = None if self.tau is None else f"tau {self.tau:g}"
+        if self.reading is not None:
+            score = f"score {self.reading.score}"
+        switch = None if self.switch_cost is None else f"switch cost {self.switch_cost:g}"
         bias = f"base bias {self.base_bias:g}" if self.base_bias else None
-        return ", ".join(part for part in (self.rule, tau, score, bias) if part)
+        return ", ".join(part for part in (self.rule, tau, score, switch, bias) if part)
 
     def choices(self) -> dict[str, Any]:
         """The setting as fields of `DecodingOptions`."""
@@ -116,6 +133,10 @@ class Trial:
             choices["tau"] = self.tau
         if self.exponent is not None:
             choices |= {"score": "mean" if self.exponent else "total", "base_bias": self.base_bias}
+        if self.reading is not None:
+            choices["score"] = self.reading.score
+        if self.switch_cost is not None:
+            choices["switch_cost"] = self.switch_cost
         return choices
 
     def flags(self) -> str:
@@ -176,13 +197,14 @@ def tune(
     check_references(sets, normalize)
     sets = fit_window(sets, pool.manifest.audio.window_seconds, skip=options.skip_unfit)
     rules = tuple(SharedRule(rule, tau, pool.adapters) for rule in options.rules for tau in sorted(set(options.taus)))
+    readings = tuple(_readings((BASE, *pool.adapters), options))
     judged: dict[str, _Judged] = {}
     with open_pool(pool, options.decoding) as transcriber:
         for each in sets:
-            decoded = decode_set(transcriber, each, Demand(pool.adapters, rules), options.decoding)
+            decoded = decode_set(transcriber, each, Demand(pool.adapters, rules, readings), options.decoding)
             log(f"{each.name}: {decoded.runs} of {len(rules) * len(each.utterances)} decodings with a shared history")
             judged[each.name] = _Judged(decoded, [normalize(one.text) for one in each.utterances], normalize)
-    trials = [*_own_trials(judged, options), *_shared_trials(judged, rules)]
+    trials = [*_own_trials(judged, options), *_read_trials(judged, readings), *_shared_trials(judged, rules)]
     base = next(trial for trial in trials if trial.rule == BASE)
     harmless = [all(trial.wer[name] <= base.wer[name] + options.allowance for name in retained) for trial in trials]
     return TuneReport(
@@ -211,10 +233,12 @@ class _Judged:
         self.own: OwnTexts = decoded.own
         self.words = sum(map(len, references))
         self.row_errors = row_errors(decoded.own, references, normalize).sum(axis=2)  # [N, R]
-        self.shared = {
-            rule: float(count_errors(references, [normalize(one.text) for one in texts]).sum() / self.words)
-            for rule, texts in decoded.shared.items()
-        }
+
+        def rate(texts: Sequence[JointText]) -> float:
+            return float(count_errors(references, [normalize(one.text) for one in texts]).sum() / self.words)
+
+        self.shared = {rule: rate(texts) for rule, texts in decoded.shared.items()}
+        self.readings = {reading: rate(texts) for reading, texts in decoded.readings.items()}
 
     def hypothesis(self, exponent: float, base_bias: float) -> float:
         rows = winners(self.own, range(len(self.own.rows)), exponent, base_bias)
@@ -230,6 +254,19 @@ def _own_trials(judged: Mapping[str, _Judged], options: TuneOptions) -> Iterator
             bias = float(f"{nats / length**exponent:.3g}")
             wer = {name: one.hypothesis(exponent, bias) for name, one in judged.items()}
             yield Trial(HYPOTHESIS, wer, exponent=exponent, base_bias=bias)
+
+
+def _readings(rows: tuple[str, ...], options: TuneOptions) -> Iterator[Reading]:
+    """Whole rows by `root`, which no exponent can say, then every score at every switch cost."""
+    yield Reading(rows=rows, score="root")
+    for score in SCORES:
+        for cost in sorted(set(options.switch_costs)):
+            yield Reading(rows=rows, score=score, switch_cost=cost)
+
+
+def _read_trials(judged: Mapping[str, _Judged], readings: Sequence[Reading]) -> Iterator[Trial]:
+    for reading in readings:
+        yield Trial(HYPOTHESIS, {name: one.readings[reading] for name, one in judged.items()}, reading=reading)
 
 
 def _shared_trials(judged: Mapping[str, _Judged], rules: Sequence[SharedRule]) -> Iterator[Trial]:

@@ -14,7 +14,7 @@ BEST_OF_A_KIND = 3
 
 
 def render_tuning(report: TuneReport) -> str:
-    """The best setting, the base and the best few of each rule, with WER in %."""
+    """The best setting, the base and the best few of each rule, and every score with every switch cost, with WER in %."""
     best, lowest = report.best, report.lowest
     retained = ", ".join(report.retained) or "no set"
     parts = [f"Best: {best.description}; mean WER {percent(best.rate(MEAN))} %, {retained} no worse than by the base."]
@@ -30,9 +30,11 @@ def render_tuning(report: TuneReport) -> str:
 
 def _shown(report: TuneReport) -> list[Trial]:
     trials = [trial for trial in report.trials if trial.rule == BASE]
-    for rule in dict.fromkeys(trial.rule for trial in report.trials if trial.rule != BASE):
-        ranked = sorted((trial for trial in report.trials if trial.rule == rule), key=lambda trial: trial.rate(MEAN))
+    searched = [trial for trial in report.trials if trial.rule != BASE and trial.reading is None]
+    for rule in dict.fromkeys(trial.rule for trial in searched):
+        ranked = sorted((trial for trial in searched if trial.rule == rule), key=lambda trial: trial.rate(MEAN))
         trials += ranked[:BEST_OF_A_KIND]
+    trials += [trial for trial in report.trials if trial.reading is not None]
     return trials if report.best in trials else [*trials, report.best]
 
 

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from das_asr.benchmarks.machine import describe_machine, describe_run
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
-from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, OwnTexts, decode_set
+from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, JointText, OwnTexts, decode_set
 from das_asr.benchmarks.wer_plan import Entrant, Pool, make_pools
+from das_asr.benchmarks.wer_reading import RereadingTranscriber
 from das_asr.benchmarks.wer_result import Outcome, Sentence, SystemResult, WerReport
 from das_asr.benchmarks.wer_systems import ORACLE, OWN, System
 from das_asr.benchmarks.wordcounts import Counts, count_errors
 from das_asr.benchmarks.wording import Normalize, Wording, Words
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.results import BASE
-from das_asr.runtime.transcriber import Transcriber
 
 __all__ = ["WerOptions", "evaluate", "open_pool", "row_errors", "winners"]
 
@@ -105,9 +105,10 @@ def row_errors(own: OwnTexts, references: Sequence[Words], normalize: Normalize)
     return np.stack([count_errors(references, column) for column in columns], axis=1)
 
 
-def open_pool(pool: Pool, options: DecodeOptions) -> Transcriber:
+def open_pool(pool: Pool, options: DecodeOptions) -> RereadingTranscriber:
     """The bundle of a pool with its further adapters; its files have been checked."""
-    transcriber = Transcriber.load(pool.bundle, options.device, options.threads, verify_files=False)
+    transcriber = RereadingTranscriber.load(pool.bundle, options.device, options.threads, verify_files=False)
+    assert isinstance(transcriber, RereadingTranscriber)
     for name, folder in pool.extra.items():
         transcriber.load_adapter(name, folder)
     return transcriber
@@ -155,17 +156,21 @@ class _Judge:
 
     def outcomes(self, entrant: Entrant) -> tuple[Outcome, ...]:
         if entrant.shared is not None:
-            written = self._decoded.shared[entrant.shared]
-            errors = count_errors(self._references, [self._normalize(one.text) for one in written])
-            return tuple(
-                Outcome(one.text, _triple(row), None, one.words) for one, row in zip(written, errors, strict=True)
-            )
+            return self._joint(self._decoded.shared[entrant.shared])
+        if entrant.reading is not None:
+            return self._joint(self._decoded.readings[entrant.reading])
         own, errors_by_row = self._decoded.own, self._errors
         assert own is not None
         assert errors_by_row is not None
         return tuple(
             Outcome(own.texts[index][row], _triple(errors_by_row[index, row]), own.rows[row])
             for index, row in enumerate(self._choose(entrant, own, errors_by_row).tolist())
+        )
+
+    def _joint(self, written: Sequence[JointText]) -> tuple[Outcome, ...]:
+        errors = count_errors(self._references, [self._normalize(one.text) for one in written])
+        return tuple(
+            Outcome(one.text, _triple(row), one.adapter, one.words) for one, row in zip(written, errors, strict=True)
         )
 
     def _choose(self, entrant: Entrant, own: OwnTexts, errors: NDArray[np.int64]) -> Rows:

@@ -11,6 +11,7 @@ from pathlib import Path
 from das_asr.benchmarks.bundles import bundle_for
 from das_asr.benchmarks.models import cache_root
 from das_asr.benchmarks.wer_decode import Demand
+from das_asr.benchmarks.wer_reading import Reading
 from das_asr.benchmarks.wer_replay import SharedRule
 from das_asr.benchmarks.wer_systems import ORACLE, OWN, SHARED_RULES, System
 from das_asr.runtime.adapters import check_names
@@ -36,6 +37,7 @@ class Entrant:
     shared: SharedRule | None = None
     exponent: float = 1.0  # of the length that a text's total log-probability is divided by
     base_bias: float = 0.0
+    reading: Reading | None = None  # of what the rows wrote, where the exponent cannot say how
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Pool:
         wanted = {row for entrant in own for row in entrant.rows}
         rows = tuple(name for name in (*self.adapters, *self.extra) if name in wanted)
         shared = dict.fromkeys(entrant.shared for entrant in self.entrants if entrant.shared is not None)
-        return Demand(rows if own else None, tuple(shared))
+        readings = dict.fromkeys(entrant.reading for entrant in own if entrant.reading is not None)
+        return Demand(rows if own else None, tuple(shared), tuple(readings))
 
 
 def make_pools(bundle: Path, systems: Iterable[System], log: Callable[[str], None]) -> list[Pool]:
@@ -128,7 +131,9 @@ def _entrant(system: System, pool: Pool) -> Entrant:
         rows = (BASE, *adapters) if choices.get("include_base", True) else adapters
         if not rows:
             raise OptionError(f"System {system.name!r}: include_base=no leaves no row to choose from.")
-        exponent = 0.0 if choices.get("score") == "total" else 1.0
+        if choices.get("score") == "root" or "switch_cost" in choices:
+            return Entrant(system, kind, rows, reading=Reading(rows=(BASE, *adapters), **choices))
+        exponent = {"mean": 1.0, "total": 0.0}[choices.get("score", "mean")]
         return Entrant(system, kind, rows, exponent=exponent, base_bias=choices.get("base_bias", 0.0))
     if kind != BASE:
         _known(system, (kind,), pool.adapters)

@@ -36,8 +36,8 @@ class Outcome:
 
     text: str
     errors: tuple[int, int, int]  # substitutions, insertions, deletions
-    adapter: str | None = None  # the row whose text it is; None with a shared history
-    words: tuple[tuple[str, str], ...] = ()  # with a shared history: each word and its row
+    adapter: str | None = None  # the row whose text it is; None with a shared history or a `switch_cost`
+    words: tuple[tuple[str, str], ...] = ()  # where `adapter` is None: each word and its row
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ KIND is one of
     music, weather, ...           one adapter alone, by its name
     own                           in each set the adapter of that name; the base where there is none
     oracle                        in each utterance the row with the fewest errors: what a perfect choice would reach
-    hypothesis                    every row writes its own text, the best score wins
+    hypothesis                    every row writes its own text, the best score wins; with `switch_cost` the best path
+                                  through all of them
     paper, gain, deviation-max    the rows share one history
 
-and KEY one of `tau` (rules with a shared history), `score`, `base_bias`, `include_base` (hypothesis), `adapters` (every
-rule and `oracle`: the rows beside the base, as in `adapters=music+weather`). What is not given is the bundle's default.
+and KEY one of `tau` (rules with a shared history), `score` (`mean`, `total`, `root`), `switch_cost`, `base_bias`,
+`include_base` (hypothesis), `adapters` (every rule and `oracle`: the rows beside the base, as in
+`adapters=music+weather`). What is not given is the bundle's default.
 
 FOLDER is a bundle, the checkpoint of a fully fine-tuned model (exported first, and kept in the cache), or a PEFT
 adapter, which decodes alone on the bundle's base. It is told by a slash: `./ft-music`. KIND defaults to the bundle's
@@ -21,7 +23,7 @@ rule, or to the base where it has no adapters.
 
 A systems file is YAML or JSON with one map from name to the rest of the description:
 
-    DAS: hypothesis,score=total
+    DAS: hypothesis,score=root,switch_cost=0.5
     FT-Multi: build/ft-multi:base
 """
 
@@ -57,7 +59,7 @@ ALL = "all"
 """In place of a system: every kind of the bundle."""
 
 _NAMED = re.compile(r"([^=,:/\\]+)=(.+)")
-_SCORING = frozenset({"score", "base_bias", "include_base"})
+_SCORING = frozenset({"score", "base_bias", "include_base", "switch_cost"})
 _KEYS = {
     **dict.fromkeys(SHARED_RULES, frozenset({"tau", "adapters"})),
     HYPOTHESIS: _SCORING | {"adapters"},
@@ -67,6 +69,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "tau": float,
     "base_bias": float,
     "score": str,
+    "switch_cost": float,
     "include_base": {"yes": True, "no": False}.__getitem__,
     "adapters": lambda value: tuple(name for name in value.split("+") if name),
 }
@@ -146,9 +149,9 @@ def all_systems(adapters: Sequence[str]) -> tuple[System, ...]:
     """Every kind of a bundle with these adapters."""
     if not adapters:
         return (System(BASE, BASE),)
-    total = System("hypothesis,score=total", HYPOTHESIS, choices={"score": "total"})
+    forms = map(parse_system, (f"{HYPOTHESIS},score=total", f"{HYPOTHESIS},score=root,switch_cost=0.5"))
     kinds = (BASE, *adapters, OWN, *SHARED_RULES, HYPOTHESIS)
-    return (*(System(kind, kind) for kind in kinds), total, System(ORACLE, ORACLE))
+    return (*(System(kind, kind) for kind in kinds), *forms, System(ORACLE, ORACLE))
 
 
 def read_systems(path: Path) -> list[str]:

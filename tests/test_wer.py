@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from das_asr.benchmarks.cli import main
 from das_asr.benchmarks.testsets import EvaluationSet, parse_source, read_sets
 from das_asr.benchmarks.tune import MEAN, TuneOptions, TuneReport, tune
+from das_asr.benchmarks.tune_report import render_tuning
 from das_asr.benchmarks.wer import WerOptions, evaluate, winners
 from das_asr.benchmarks.wer_decode import DecodeOptions, OwnTexts
 from das_asr.benchmarks.wer_replay import chosen_rows
@@ -42,7 +43,11 @@ def transcriber(demo_bundle: Path) -> Iterator[Transcriber]:
 
 @pytest.fixture(scope="module")
 def report(demo_bundle: Path, demo_adapters: dict[str, Path], sets: tuple[EvaluationSet, ...]) -> WerReport:
-    systems = parse_systems(["all", f"again={demo_adapters['music']}"], ADAPTERS)
+    more = [
+        "root=hypothesis,score=root,base_bias=-0.05,include_base=no",
+        "few=hypothesis,adapters=weather,switch_cost=0.1",
+    ]
+    systems = parse_systems(["all", f"again={demo_adapters['music']}", *more], ADAPTERS)
     return evaluate(systems, sets, WerOptions(bundle=demo_bundle, decoding=DECODING))
 
 
@@ -72,6 +77,8 @@ def test_sets_are_split_by_domain(sets: tuple[EvaluationSet, ...], repo: Path) -
         ("deviation-max", {"rule": "deviation-max"}),
         ("hypothesis", {"rule": "hypothesis"}),
         ("hypothesis,score=total", {"rule": "hypothesis", "score": "total"}),
+        ("root", {"rule": "hypothesis", "score": "root", "base_bias": -0.05, "include_base": False}),
+        ("few", {"rule": "hypothesis", "adapters": ("weather",), "switch_cost": 0.1}),
         ("weather", {"rule": "hypothesis", "adapters": ("weather",), "include_base": False}),
         ("again", {"rule": "hypothesis", "adapters": ("music",), "include_base": False}),
     ],
@@ -89,10 +96,26 @@ def test_every_system_writes_what_the_runtime_writes(
         for utterance, outcome in zip(each.utterances, outcomes, strict=True):
             alone = transcriber.transcribe(utterance.audio, no_speech_threshold=None, **choices)
             assert outcome.text == alone.text
-            if system not in ("base", "again"):
+            if system not in ("base", "again", "few"):
                 assert outcome.adapter == alone.adapter
             if alone.adapter is None and system != "base":
                 assert outcome.words == tuple((word.word.strip(), word.adapter) for word in alone.words)
+
+
+def test_a_spliced_system_writes_what_the_runtime_writes(
+    report: WerReport, transcriber: Transcriber, sets: tuple[EvaluationSet, ...]
+) -> None:
+    choices = {"rule": "hypothesis", "score": "root", "switch_cost": 0.5, "no_speech_threshold": None}
+    mixed = 0
+    for each in sets:
+        outcomes = report.system("hypothesis,score=root,switch_cost=0.5").outcomes[each.name]
+        for utterance, outcome in zip(each.utterances, outcomes, strict=True):
+            alone = transcriber.transcribe(utterance.audio, **choices)
+            assert outcome.text == alone.text
+            assert outcome.adapter is None
+            assert outcome.words == tuple((word.word.strip(), word.adapter) for word in alone.words)
+            mixed += outcome.text not in [one.text for one in alone.hypotheses]
+    assert mixed
 
 
 def test_own_and_oracle(report: WerReport) -> None:
@@ -155,6 +178,22 @@ def test_tuning_agrees_with_decoding_at_every_tau(
             references = [paper_rules(utterance.text) for utterance in each.utterances]
             errors = count_errors(references, [paper_rules(one.text) for one in found]).sum()
             assert trial.wer[each.name] == errors / sum(map(len, references))
+
+
+def test_tuning_tries_every_score_at_every_switch_cost(tuned: TuneReport, report: WerReport) -> None:
+    read = {trial.description: trial for trial in tuned.trials if trial.reading is not None}
+    costs = ("0.25", "0.5", "0.75", "1")
+    assert list(read) == [
+        "hypothesis, score root",
+        *(f"hypothesis, score {score}, switch cost {cost}" for score in ("mean", "total", "root") for cost in costs),
+    ]
+    spliced = read["hypothesis, score root, switch cost 0.5"]
+    name = "hypothesis,score=root,switch_cost=0.5"
+    assert spliced.wer == {each: report.wer(name, each) for each in ("sports", "general")}
+    assert spliced.flags() == "--rule hypothesis --score root --switch-cost 0.5"
+    assert all(trial.applicable for trial in read.values())
+    shown = render_tuning(tuned)
+    assert all(f"| {description} |" in shown for description in read)
 
 
 def test_tuning_retains_what_has_no_adapter(tuned: TuneReport, report: WerReport) -> None:
@@ -271,7 +310,15 @@ def test_a_bundle_without_adapters_cannot_be_tuned(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rules": ("base",)}, {"taus": (2.0,)}, {"taus": ()}, {"exponents": ()}, {"allowance": -1.0}]
+    "wrong",
+    [
+        {"rules": ("base",)},
+        {"taus": (2.0,)},
+        {"taus": ()},
+        {"exponents": ()},
+        {"switch_costs": (-1.0,)},
+        {"allowance": -1.0},
+    ],
 )
 def test_tuning_that_cannot_be(wrong: dict[str, object]) -> None:
     with pytest.raises(OptionError):

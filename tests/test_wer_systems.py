@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from das_asr.benchmarks.wer_plan import make_pools
+from das_asr.benchmarks.wer_reading import Reading
 from das_asr.benchmarks.wer_replay import SharedRule
 from das_asr.benchmarks.wer_systems import System, all_systems, parse_system, parse_systems, read_systems
 from das_asr.runtime.errors import AdapterError, BundleError, OptionError
@@ -18,6 +19,7 @@ from das_asr.runtime.errors import AdapterError, BundleError, OptionError
     [
         ("base", System("base", "base")),
         ("hypothesis,score=total", System("hypothesis,score=total", "hypothesis", None, {"score": "total"})),
+        ("s=hypothesis,score=root,switch-cost=.5", System("s", "hypothesis", None, {"score": "root", "switch_cost": 0.5})),
         ("DAS=gain,tau=0.1", System("DAS", "gain", None, {"tau": 0.1})),
         ("a b=hypothesis,base-bias=-1", System("a b", "hypothesis", None, {"base_bias": -1.0})),
         ("h=hypothesis,include_base=no", System("h", "hypothesis", None, {"include_base": False})),
@@ -41,7 +43,10 @@ def test_descriptions(text: str, system: System) -> None:
         ("gain,tau=x", "'x' is not a value for tau"),
         ("gain,score=mean", "gain takes adapters, tau"),
         ("base,tau=0.1", "base takes nothing"),
-        ("hypothesis,score=best", "expected 'mean' or 'total'"),
+        ("hypothesis,score=best", "expected one of mean, total, root"),
+        ("hypothesis,switch_cost=-1", "at least 0"),
+        ("hypothesis,switch_cost=x", "'x' is not a value for switch_cost"),
+        ("paper,switch_cost=1", "paper takes adapters, tau"),
         ("hypothesis,speed=1", "KEY=VALUE is expected"),
         ("hypothesis,include_base=perhaps", "not a value"),
         ("build/ft", "needs a name"),
@@ -58,7 +63,7 @@ def test_all_stands_for_every_kind() -> None:
     systems = parse_systems(["all", "ft=./ft"], ("music",))
     assert [system.name for system in systems] == [
         "base", "music", "own", "paper", "gain", "deviation-max",
-        "hypothesis", "hypothesis,score=total", "oracle", "ft",
+        "hypothesis", "hypothesis,score=total", "hypothesis,score=root,switch_cost=0.5", "oracle", "ft",
     ]  # fmt: skip
     assert all_systems(()) == (System("base", "base"),)
     with pytest.raises(OptionError, match="Two systems are named 'base'"):
@@ -92,6 +97,21 @@ def test_pools_decode_no_more_than_is_asked_for(
     default, further = make_pools(demo_bundle, [parse_system(f"x={tmp_path}/bundle")], print)
     assert not default.entrants
     assert further.entrants[0].kind == "hypothesis"
+
+
+def test_forms_of_hypothesis_share_one_decoding(demo_bundle: Path) -> None:
+    texts = ["hypothesis", "hypothesis,score=total", "hypothesis,score=root", "hypothesis,score=root,switch_cost=0.5"]
+    texts += ["again=hypothesis,switch_cost=0.5,score=root", "few=hypothesis,adapters=music,switch_cost=0"]
+    (pool,) = make_pools(demo_bundle, parse_systems(texts, ()), print)
+    rows = ("base", "music", "weather", "sports")
+    assert pool.demand().own == rows[1:]
+    assert not pool.demand().shared
+    assert pool.demand().readings == (
+        Reading(rows=rows, score="root"),
+        Reading(rows=rows, score="root", switch_cost=0.5),
+        Reading(rows=rows[:2], switch_cost=0.0),
+    )
+    assert [entrant.exponent for entrant in pool.entrants[:2]] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
