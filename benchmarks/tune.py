@@ -1,7 +1,8 @@
 """Choosing rule and threshold on a development set.
 
-What rows write for themselves is decoded once; every score, exponent and bias of `hypothesis` is then computed from the
-texts and their log-probabilities, and paths at every `switch_cost` are read from the same decoding. Rules with a shared history are decoded at every tau, where their text can differ.
+What rows write for themselves is decoded once; every score, exponent, bias and switch cost of `hypothesis` is then
+computed from the texts and their log-probabilities. Rules with a shared history are decoded at every tau, where their
+text can differ.
 
 The best trial has the lowest mean word error rate over the sets among those that are no worse than the base on every
 set that the adapters must not harm. The base itself is a trial, so there always is one.
@@ -24,13 +25,12 @@ from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_win
 from das_asr.benchmarks.wer import open_pool, row_errors, winners
 from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, Demand, JointText, OwnTexts, decode_set
 from das_asr.benchmarks.wer_plan import open_bundle
-from das_asr.benchmarks.wer_reading import Reading
+from das_asr.benchmarks.wer_reading import Reading, Score
 from das_asr.benchmarks.wer_replay import SharedRule
 from das_asr.benchmarks.wer_systems import SHARED_RULES
 from das_asr.benchmarks.wordcounts import count_errors
 from das_asr.benchmarks.wording import Normalize, Wording, Words
 from das_asr.runtime.errors import OptionError
-from das_asr.runtime.options import SCORES
 from das_asr.runtime.results import BASE
 from das_asr.runtime.selection import HYPOTHESIS
 
@@ -259,7 +259,8 @@ def _own_trials(judged: Mapping[str, _Judged], options: TuneOptions) -> Iterator
 def _readings(rows: tuple[str, ...], options: TuneOptions) -> Iterator[Reading]:
     """Whole rows by `root`, which no exponent can say, then every score at every switch cost."""
     yield Reading(rows=rows, score="root")
-    for score in SCORES:
+    scores: tuple[Score, ...] = ("mean", "total", "root")
+    for score in scores:
         for cost in sorted(set(options.switch_costs)):
             yield Reading(rows=rows, score=score, switch_cost=cost)
 

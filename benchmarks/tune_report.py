@@ -14,7 +14,7 @@ BEST_OF_A_KIND = 3
 
 
 def render_tuning(report: TuneReport) -> str:
-    """The best setting, the base and the best few of each rule, and every score with every switch cost, with WER in %."""
+    """The best setting, the base, the best few of each rule, and every score at every switch cost, with WER in %."""
     best, lowest = report.best, report.lowest
     retained = ", ".join(report.retained) or "no set"
     parts = [f"Best: {best.description}; mean WER {percent(best.rate(MEAN))} %, {retained} no worse than by the base."]

@@ -80,7 +80,8 @@ def wer_command(
     """Word error rates of systems on test sets, with intervals and significance.
 
     A system is a KIND (base, own, oracle, hypothesis, paper, gain, deviation-max or an adapter's name) with options, as
-    in `hypothesis,switch_cost=0.5` or `DAS=gain,tau=0.1`, or is in a further folder, as in `ft-music=build/ft-music:base`.
+    in `hypothesis,switch_cost=0.5` or `DAS=gain,tau=0.1`, or is in a further folder, as in
+    `ft-music=build/ft-music:base`.
     """
     from das_asr.benchmarks.machine import quiet_libraries
     from das_asr.benchmarks.significance import Bootstrap

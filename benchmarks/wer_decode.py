@@ -1,9 +1,8 @@
 """Decodes the sentences of a set once for all systems that can share it.
 
 One run with own histories gives the base and every adapter alone, and by that every choice among them and every path
-through them (`wer_reading`). Rules with a
-shared history decode for themselves, but only where a text that another rule or threshold wrote cannot be theirs
-(`wer_replay`).
+through them (`wer_reading`). Rules with a shared history decode for themselves, but only where a text that another rule
+or threshold wrote cannot be theirs (`wer_replay`).
 """
 
 from __future__ import annotations

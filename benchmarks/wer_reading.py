@@ -19,9 +19,10 @@ from das_asr.runtime.selection import HYPOTHESIS
 from das_asr.runtime.transcriber import Transcriber
 from das_asr.runtime.transcript import Transcript, read_own_histories
 
-__all__ = ["Reading", "RereadingTranscriber"]
+__all__ = ["Reading", "RereadingTranscriber", "Score"]
 
 Samples = NDArray[np.float32]
+Score = Literal["mean", "total", "root"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Reading:
     """A form of `hypothesis`: the rows that it knows, and fields of `DecodingOptions`."""
 
     rows: tuple[str, ...]  # "base", then adapters
-    score: Literal["mean", "total", "root"] = "mean"
+    score: Score = "mean"
     base_bias: float = 0.0
     include_base: bool = True
     switch_cost: float | None = None
@@ -71,6 +72,9 @@ class RereadingTranscriber(Transcriber):
             decoded = _of_rows(self._decoded, [result.rows.index(row) for row in reading.rows])
             yield read_own_histories(decoded, place, reading.rows, self._tokenizer, result.language, options)
             place += 1
+
+    def __enter__(self) -> RereadingTranscriber:
+        return self
 
     def _decode(
         self, samples: list[Samples], stack: LoadedStack, plan: Plan, prompts: list[Prompt], clock: Clock

@@ -229,7 +229,7 @@ def test_the_tune_command(demo_bundle: Path, sets: tuple[EvaluationSet, ...], tm
     arguments += ["--taus", "0.1", "--output", tmp_path / "t.json", "--figure", tmp_path / "t.png"]
     done = CliRunner().invoke(main, [*map(str, arguments), "--apply"])
     assert done.exit_code == 0, done.output
-    assert done.stdout == "--rule gain --tau 0.1\n"
+    assert done.stdout == "--rule hypothesis --score mean --switch-cost 1.0\n"
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "t.json").read_text())["kind"] == "tune"
 

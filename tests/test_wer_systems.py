@@ -19,7 +19,7 @@ from das_asr.runtime.errors import AdapterError, BundleError, OptionError
     [
         ("base", System("base", "base")),
         ("hypothesis,score=total", System("hypothesis,score=total", "hypothesis", None, {"score": "total"})),
-        ("s=hypothesis,score=root,switch-cost=.5", System("s", "hypothesis", None, {"score": "root", "switch_cost": 0.5})),
+        ("s=hypothesis,switch-cost=.5", System("s", "hypothesis", None, {"switch_cost": 0.5})),
         ("DAS=gain,tau=0.1", System("DAS", "gain", None, {"tau": 0.1})),
         ("a b=hypothesis,base-bias=-1", System("a b", "hypothesis", None, {"base_bias": -1.0})),
         ("h=hypothesis,include_base=no", System("h", "hypothesis", None, {"include_base": False})),
