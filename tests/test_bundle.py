@@ -456,7 +456,7 @@ def test_files_that_cannot_grow_are_told(sources: Sources, tmp_path: Path, limit
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_a_stopped_export_leaves_nothing(sources: Sources, tmp_path: Path, number: int, code: int) -> None:
-    # A signal amid the initialisation of a C extension becomes an ImportError of that extension: these are loaded before.
+    # A signal while a C extension initialises becomes an ImportError of that extension: these are loaded before.
     script = [sys.executable, "-c", "import onnxruntime, torch; from das_asr.export.cli import main; main()"]
     process = subprocess.Popen(
         [*script, "onnx", "--base", str(sources.base), "--output", str(tmp_path / "new" / "bundle")],
