@@ -5,7 +5,7 @@
 #   make check   lint, format, types, import directions
 #   make soak    the long runs
 #   make base    trains the tiny Whisper of the demo again: hours on two cores
-#   make tables  every table of docs/results.md: hours on two cores
+#   make tables  word error rates in the papers' layout, from the domains' names: hours on two cores
 #   make bench   real-time factor over the number of adapters, into build/rtf.json
 #   make clean   removes everything made here but the virtual environment
 

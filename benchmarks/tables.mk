@@ -1,4 +1,4 @@
-# Every table of docs/results.md, from the domains' names: text, speech, adapters, fine-tuned models, test sets, WER.
+# The papers' tables from the domains' names: text, speech, adapters, fine-tuned models, test sets, word error rates.
 # Stopped at any moment it goes on where it was: what is whole is a file, and what is not is not there.
 #
 #   make tables                   everything; hours on two cores
