@@ -31,14 +31,10 @@ PACKAGES := $(PROGRAMS) festvox-kallpc16k festvox-kdlpc16k fortunes wordnet-base
 setup: $(STAMP)
 
 voices:
-	@if ! (type $(PROGRAMS) && test -d /usr/share/wordnet) >/dev/null; then \
-		if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
-			apt-get update -qq; \
-			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; \
-		else \
-			echo "Speech engines are missing. On Debian or Ubuntu: sudo apt-get install $(PACKAGES)" >&2; \
-		fi; \
-	fi
+	@(type $(PROGRAMS) && test -d /usr/share/wordnet) >/dev/null 2>&1 || \
+		{ test "$$(id -u)" = 0 && apt-get update -qq && \
+			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; } || \
+		echo "Speech engines are missing. On Debian or Ubuntu: sudo apt-get install $(PACKAGES)" >&2
 
 $(STAMP): pyproject.toml | voices
 	test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
