@@ -9,7 +9,7 @@ import click
 
 from das_asr.runtime.errors import DasError
 
-__all__ = ["Command", "Group", "NamedFolder"]
+__all__ = ["Command", "Group", "NamedFolder", "Shard"]
 
 
 class Command(click.Command):
@@ -44,3 +44,20 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]  # generic in the 
         if not (name and directory):
             self.fail(f"{value!r} was given, NAME=DIR is expected, for example music=adapters/music.", param, ctx)
         return name, Path(directory)
+
+
+class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """`i/n` -> (i, n), the i-th of n parts counted from 0; how the command lines take shards."""
+
+    name = "i/n"
+
+    def convert(
+        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Splits at the first `/`."""
+        if isinstance(value, tuple):  # click converts defaults again
+            return value
+        part, _, parts = value.partition("/")
+        if not (part.isdecimal() and parts.isdecimal()):
+            self.fail(f"{value!r} was given, i/n is expected, such as 0/4 for the first of four.", param, ctx)
+        return int(part), int(parts)

@@ -13,29 +13,13 @@ from pathlib import Path
 
 import click
 
-from das_asr.runtime.console import Command
+from das_asr.runtime.console import Command, Shard
 
 __all__ = ["merge", "speech"]
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 _FOLDER = click.Path(path_type=Path)
 _ENGINES = "espeak-ng, flite, festival, sherpa-onnx, openai, or command:LINE"
-
-
-class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
-    """`i/n` -> (i, n)."""
-
-    name = "i/n"
-
-    def convert(
-        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):  # click converts defaults again
-            return value
-        part, _, parts = value.partition("/")
-        if not (part.isdecimal() and parts.isdecimal()):
-            self.fail(f"{value!r} was given, i/n is expected, such as 0/4 for the first of four.", param, ctx)
-        return int(part), int(parts)
 
 
 @click.command(cls=Command, context_settings=_SETTINGS)
@@ -52,7 +36,7 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic in the newes
 @click.option("--max-seconds", type=float, default=30.0, help="Longer audio fails.")
 @click.option("--workers", type=int, help="Utterances spoken at a time.  [one per core]")
 @click.option("--seed", type=int, default=0, help="Of voices, speeds, pitches and noise.")
-@click.option("--shard", type=_Shard(), default="0/1", help="Speak only the i-th of n parts, counted from 0.")
+@click.option("--shard", type=Shard(), default="0/1", help="Speak only the i-th of n parts, counted from 0.")
 @click.option("--model", help="sherpa-onnx: folder of the voice model; openai: the endpoint's name of the model.")
 @click.option("--base-url", help="openai: address of the endpoint.  [OPENAI_BASE_URL]")
 @click.option("--quiet", is_flag=True, help="No progress.")

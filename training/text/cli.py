@@ -17,28 +17,12 @@ from typing import Any
 
 import click
 
-from das_asr.runtime.console import Command
+from das_asr.runtime.console import Command, Shard
 
 __all__ = ["filter_command", "init", "report", "text"]
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 _PATH = click.Path(path_type=Path)
-
-
-class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
-    """`i/n` -> (i, n)."""
-
-    name = "i/n"
-
-    def convert(
-        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):  # click converts defaults again
-            return value
-        part, _, parts = value.partition("/")
-        if not (part.isdecimal() and parts.isdecimal()):
-            self.fail(f"{value!r} was given, i/n is expected, such as 0/4 for the first of four.", param, ctx)
-        return int(part), int(parts)
 
 
 @click.command(cls=Command, context_settings=_SETTINGS)
@@ -66,7 +50,7 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]  # generic in the newes
 @click.option("--wake-words", type=float, default=0.0, help="Share of sentences with a wake word in front.")
 @click.option("--exclude", multiple=True, type=_PATH, help="Evaluation sentences to keep out; repeatable.")
 @click.option("--seed", type=int, default=0, help="The same seed gives the same file.")
-@click.option("--shard", type=_Shard(), default="0/1", help="Write only the i-th of n parts, counted from 0.")
+@click.option("--shard", type=Shard(), default="0/1", help="Write only the i-th of n parts, counted from 0.")
 @click.option("--quiet", is_flag=True, help="No progress, and a single line at the end.")
 def text(domain: str, output: Path, quiet: bool, **flags: Any) -> None:
     """Write sentences of DOMAIN, a shipped one or a YAML file, with their lineage.
