@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from das_asr.benchmarks.output import check_folders, write_whole
-from das_asr.benchmarks.wer_cli import tables_command, tune_command, wer_command
+from das_asr.benchmarks.wer_cli import forgetting_command, tables_command, tune_command, wer_command
 from das_asr.runtime.console import Group
 
 __all__ = ["main"]
@@ -38,6 +38,7 @@ def main() -> None:
 main.add_command(wer_command)
 main.add_command(tune_command)
 main.add_command(tables_command)
+main.add_command(forgetting_command)
 
 
 @main.command()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from das_asr.benchmarks.forgetting import SmallWeights, adaptation_drop, backward_gain, forgetting
+from das_asr.benchmarks.forgetting import adaptation_drop, backward_gain, forgetting
 from das_asr.benchmarks.wer_report import SIGNIFICANT, change_cell, markdown_table, percent, rate_cell
 from das_asr.benchmarks.wer_stats import WerStatistics
+from das_asr.training.blora.sparsity import Sparsity
 
-__all__ = ["blora_table", "table_ii", "table_iv", "table_v"]
+__all__ = ["forgetting_table", "table_ii", "table_iv", "table_v"]
 
 
 def table_ii(
@@ -74,37 +75,41 @@ def table_v(statistics: WerStatistics, system: str, sets: Sequence[str], base: s
     return markdown_table(["set", base, system, "change in %"], rows)
 
 
-def blora_table(
+def forgetting_table(
     statistics: WerStatistics,
-    system: str,
-    other: str,
-    target: str,
+    adapters: Mapping[str, Sparsity],
+    learned: Sequence[str],
     retained: Sequence[str],
-    small: Mapping[str, SmallWeights] | None = None,
 ) -> str:
-    """BLoRA (`system`) against LoRA (`other`): forgetting on each retained set, backward gain, drop, small weights.
+    """What adaptation taught and cost: one row per adapter, compared with the first, and the base above them.
 
     Args:
         statistics: of a report whose baseline is the base.
-        system: adapted by BLoRA.
-        other: adapted by LoRA.
-        target: the new domain's set.
-        retained: sets that the base could do.
-        small: `small_weights` of the two systems' adapters, by system.
+        adapters: systems, each with the share of its elements that are next to nothing.
+        learned: sets of the domains that were learned, in their order; the drop is on the last.
+        retained: sets that the base could do, for F and the backward gain.
     """
-    base = statistics.report.baseline
-    lost = [forgetting(statistics, one, base, retained) for one in (other, system)]
-    rows = [[f"forgetting on {name}, points", *(rate_cell(each[name]) for each in lost)] for name in retained]
-    gain = backward_gain(statistics, system, other, base, retained)
-    drop = adaptation_drop(statistics, system, other, target)
-    rows.append(["backward gain, %", "-", "-" if gain is None else rate_cell(gain)])
-    rows.append([f"WER on {target}, %", *(rate_cell(statistics.rate(one, target)) for one in (other, system))])
-    rows.append([f"drop on {target}, %", "-", change_cell(drop)])
-    for part, title in (("a", "A"), ("b", "B"), ("product", "BA")) if small else ():
-        shares = [small[one] if small and one in small else None for one in (other, system)]
-        cells = ["-" if share is None else percent(getattr(share, part)) for share in shares]
-        rows.append([f"elements of {title} below 1e-3, %", *cells])
-    return markdown_table(["measure", other, system], rows)
+    base, other = statistics.report.baseline, next(iter(adapters))
+    head = ["system", *(f"WER {name}" for name in learned), f"drop on {learned[-1]}, %"]
+    head += [f"F {name}, points" for name in retained]
+    head += ["backward gain, %", "below 1e-3: A / B / both / s B A, %"]
+    rates = [rate_cell(statistics.rate(base, name)) for name in learned]
+    rows = [[base, *rates, "", *(rate_cell(statistics.rate(base, name)) + " WER" for name in retained), "", ""]]
+    for system, small in adapters.items():
+        lost = forgetting(statistics, system, base, retained)
+        gain = None if system == other else backward_gain(statistics, system, other, base, retained)
+        drop = adaptation_drop(statistics, system, other, learned[-1])
+        rows.append(
+            [
+                system,
+                *(rate_cell(statistics.rate(system, name)) for name in learned),
+                "" if system == other else change_cell(drop),
+                *(rate_cell(lost[name]) for name in retained),
+                "" if gain is None else rate_cell(gain),
+                " / ".join(percent(share) for share in (small.a, small.b, small.both, small.update)),
+            ]
+        )
+    return markdown_table(head, rows)
 
 
 def _cell(statistics: WerStatistics, system: str, base: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""`das-bench wer`, `das-bench tune` and `das-bench tables`."""
+"""`das-bench wer`, `das-bench tune`, `das-bench tables` and `das-bench forgetting`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from das_asr.benchmarks.output import check_folders, write_whole
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["tables_command", "tune_command", "wer_command"]
+__all__ = ["forgetting_command", "tables_command", "tune_command", "wer_command"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -182,6 +182,42 @@ def tables_command(reports: tuple[tuple[str, Path], ...], output: Path) -> None:
     check_folders(output=output)
     sections = [render_paper_tables(title, WerStatistics(read_report(path))) for title, path in reports]
     write_whole(output, "\n".join(sections))
+
+
+@click.command("forgetting", cls=Command)
+@click.argument("report", type=EXISTING)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    type=NamedFolder(),
+    help="System of the report and the folder of its adapter, NAME=DIR; the first is what the others are held against.",
+)
+@click.option("--learned", multiple=True, required=True, help="Set of a domain that was learned, in order; repeatable.")
+@click.option("--retained", multiple=True, required=True, help="Set that the base could do; repeatable.")
+@click.option("--title", default="Forgetting", show_default=True, help="Heading of the table.")
+@click.option("--output", "-o", required=True, type=FILE, help="Markdown file to write.")
+def forgetting_command(
+    report: Path,
+    adapters: tuple[tuple[str, Path], ...],
+    learned: tuple[str, ...],
+    retained: tuple[str, ...],
+    title: str,
+    output: Path,
+) -> None:
+    """BLoRA's measures from a result of `das-bench wer`: what adapters learned, forgot, and how sparse they are."""
+    from das_asr.benchmarks.tables import forgetting_table
+    from das_asr.benchmarks.wer_report import wording_text
+    from das_asr.benchmarks.wer_result import read_report
+    from das_asr.benchmarks.wer_stats import WerStatistics
+    from das_asr.training.blora.sparsity import measure_sparsity
+
+    check_folders(output=output)
+    found = read_report(report)
+    small = {name: measure_sparsity(folder) for name, folder in adapters}
+    table = forgetting_table(WerStatistics(found), small, learned, retained)
+    write_whole(output, f"## {title}\n\nWER and F in %; {wording_text(found.wording)}.\n\n{table}\n")
 
 
 def _shared(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from das_asr.benchmarks.wer_result import WerReport
 from das_asr.benchmarks.wer_stats import WerStatistics
 from tests.test_wer_statistics import make_report
 
+ADAPTERS = Path(__file__).parents[1] / "benchmarks/demo/adapters"
+
 ERRORS = {
     "base": {"music": [4, 4], "general": [2, 2]},
     "music": {"music": [3, 3], "general": [3, 3]},
@@ -72,6 +74,23 @@ def test_the_command_writes_a_section_per_report(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     text = (tmp_path / "tables.md").read_text()
     assert text.index("## espeak") < text.index("## slt")
+
+
+def test_the_command_for_forgetting_reads_the_adapters(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(report().to_json())
+    arguments = ["forgetting", str(tmp_path / "one.json"), f"--adapter=lora-multi={ADAPTERS / 'music'}"]
+    arguments += [f"--adapter=music={ADAPTERS / 'sports'}", "--learned=music", "--retained=general"]
+    output = tmp_path / "forgetting.md"
+    done = CliRunner().invoke(main, [*arguments, "--title", "One", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert output.read_text().startswith("## One\n")
+    (found,) = rows(output.read_text(), "music")
+    assert found[3].startswith("10.0 ")
+    assert found[4].startswith("50.0 ")
+    wrong = CliRunner().invoke(main, [*arguments, "--retained=nowhere", "--output", str(tmp_path / "none.md")])
+    assert wrong.exit_code == 1
+    assert "nowhere" in wrong.output
+    assert not (tmp_path / "none.md").exists()
 
 
 @pytest.mark.parametrize(("content", "message"), [("{}", "is not a result"), (None, "cannot be read")])

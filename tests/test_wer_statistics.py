@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from das_asr.benchmarks.forgetting import SmallWeights, adaptation_drop, backward_gain, forgetting, small_weights
+from das_asr.benchmarks.forgetting import adaptation_drop, backward_gain, forgetting
 from das_asr.benchmarks.significance import Bootstrap, p_value, percentiles
-from das_asr.benchmarks.tables import blora_table, table_ii, table_iv, table_v
+from das_asr.benchmarks.tables import forgetting_table, table_ii, table_iv, table_v
 from das_asr.benchmarks.wer_report import render_wer
 from das_asr.benchmarks.wer_result import Outcome, Sentence, SystemResult, WerReport, merge_reports, read_report
 from das_asr.benchmarks.wer_stats import WerStatistics
 from das_asr.benchmarks.worst import default_system, render_worst
-from das_asr.runtime.errors import AdapterError, OptionError
+from das_asr.runtime.errors import OptionError
+from das_asr.training.blora.sparsity import Sparsity
 
 MANY = Bootstrap(resamples=40_000)
 
@@ -193,10 +193,12 @@ def test_measures_of_forgetting() -> None:
     assert drop.value == pytest.approx(3 / 120)
     assert drop.low == 0
     assert backward_gain(statistics, "blora", "base", "base", ["a"]) is None
-    small = {"blora": SmallWeights(0.5, 0.25, 1.0)}
-    table = blora_table(statistics, "blora", "lora", "new", ["a", "b"], small)
-    assert "| backward gain, % | - | 50.0 [50.0, 50.0] |" in table
-    assert "| elements of BA below 1e-3, % | - | 100.0 |" in table
+    small = {"lora": Sparsity(1e-3, 0.1, 0.2, 0.15, 0.3), "blora": Sparsity(1e-3, 0.5, 0.25, 0.375, 1.0)}
+    base, lora, blora = forgetting_table(statistics, small, ["new"], ["a", "b"]).splitlines()[2:]
+    assert base == "| base | 60.0 [60.0, 60.0] |  | 20.0 [20.0, 20.0] WER | 10.0 [10.0, 10.0] WER |  |  |"
+    assert lora.endswith("| 20.0 [20.0, 20.0] | 20.0 [20.0, 20.0] |  | 10.0 / 20.0 / 15.0 / 30.0 |")
+    assert "| 50.0 [50.0, 50.0] | 50.0 / 25.0 / 37.5 / 100.0 |" in blora
+    assert "| +2.5 [+0.0, " in blora
 
 
 def test_an_uncertain_denominator_leaves_the_gain_without_bounds() -> None:
@@ -206,18 +208,6 @@ def test_an_uncertain_denominator_leaves_the_gain_without_bounds() -> None:
     gain = backward_gain(WerStatistics(make_report(errors)), "blora", "lora", "base", ["a"])
     assert gain is not None
     assert (gain.value, gain.low, gain.high) == (1, None, None)
-
-
-def test_shares_of_small_weights(tmp_path: Path) -> None:
-    prefix = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_"
-    a, b = np.array([[1e-4, 1.0]], np.float32), np.array([[1e-4], [1e-4], [2.0], [0.5]], np.float16)
-    save_file({f"{prefix}A.weight": a, f"{prefix}B.weight": b}, tmp_path / "adapter_model.safetensors")
-    assert small_weights(tmp_path) == SmallWeights(0.5, 0.5, 6 / 8)
-    save_file({f"{prefix}A.weight": a}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="pairs"):
-        small_weights(tmp_path)
-    with pytest.raises(AdapterError, match="cannot be read"):
-        small_weights(tmp_path / "none")
 
 
 def test_the_page_of_worst_sentences_is_ordered_and_escaped() -> None:
