@@ -1,8 +1,8 @@
 """The base checkpoint, read without torch: a local Hugging Face folder or a hub id -> sizes, settings and weights.
 
-Everything is checked before anything is exported: the configuration, the audio front end, the tokenizer's presence, and
-that every tensor of a Whisper of these sizes is there with its shape. Weights stay on disk until `Checkpoint.weight`
-asks for one, so that a large checkpoint needs no more memory than its largest tensor.
+Everything is checked before anything is exported or trained: the configuration, the audio front end, the tokenizer's
+presence, and that every tensor of a Whisper of these sizes is there with its shape. Weights stay on disk until
+`Checkpoint.weight` asks for one, so that a large checkpoint needs no more memory than its largest tensor.
 """
 
 from __future__ import annotations
@@ -22,15 +22,11 @@ from das_asr.runtime.errors import CheckpointError
 from das_asr.runtime.manifest import AudioFrontEnd, Dimensions
 from das_asr.runtime.tensor_file import TensorFile
 
-__all__ = ["Checkpoint", "expected_tensors", "load_checkpoint", "tokenizer_json"]
+__all__ = ["FRONT_END_FILES", "TOKENIZER_FILES", "Checkpoint", "expected_tensors", "load_checkpoint", "tokenizer_json"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_DOWNLOADS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -38,8 +34,10 @@ _DOWNLOADS = (
     "normalizer.json",
     "added_tokens.json",
     "special_tokens_map.json",
-    _SINGLE,
-    _INDEX,
+)
+FRONT_END_FILES = ("preprocessor_config.json", "processor_config.json")
+_DOWNLOADS = (
+    *("config.json", "generation_config.json", *FRONT_END_FILES, *TOKENIZER_FILES, _SINGLE, _INDEX),
     "model-*-of-*.safetensors",  # not the `model.fp32-*` copies that some repositories carry as well
 )
 _FIELDS = {
@@ -83,14 +81,12 @@ class Checkpoint:
         Over all tensors in the order of their names: the line `name dtype shape` (shape as `2x3`), then the bytes as
         stored (little-endian, row-major). Names are those of `WhisperForConditionalGeneration`.
         """
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            file = self.tensors[name]
-            entry = file.entries[_stored(name, file)]
-            digest.update(f"{name} {entry.dtype} {'x'.join(map(str, entry.shape))}\n".encode())
-            for chunk in file.chunks(_stored(name, file)):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return self._hash("")
+
+    @cached_property
+    def encoder_sha256(self) -> str:
+        """The same over the encoder's tensors alone."""
+        return self._hash("model.encoder.")
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores this tensor, e.g. `model.decoder.layers.0.fc1.weight`."""
@@ -106,6 +102,16 @@ class Checkpoint:
         if file is None:
             raise CheckpointError(f"{self.id} has no tensor {name}. Give a complete Whisper checkpoint.")
         return file.read(_stored(name, file), CheckpointError)
+
+    def _hash(self, prefix: str) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(name for name in self.tensors if name.startswith(prefix)):
+            file = self.tensors[name]
+            entry = file.entries[_stored(name, file)]
+            digest.update(f"{name} {entry.dtype} {'x'.join(map(str, entry.shape))}\n".encode())
+            for chunk in file.chunks(_stored(name, file)):
+                digest.update(chunk)
+        return digest.hexdigest()
 
 
 def load_checkpoint(id_or_dir: str | Path, revision: str | None = None) -> Checkpoint:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from das_asr.runtime.errors import DataError, OptionError, TrainingError
+from das_asr.training.base import prepared
 from das_asr.training.base.augment import SILENCE, Augmentation, augmented, normalized
 from das_asr.training.base.batches import Example, collate, epoch_batches
 from das_asr.training.base.corpus import DOMAIN_WORDS, CorpusOptions, make_corpus
@@ -28,6 +29,7 @@ from das_asr.training.base.recipe import BaseOptions, is_held_out, train_base
 from das_asr.training.base.snippets import Sources, natural_snippets, plain_words
 from das_asr.training.base.tokens import SPECIAL_TOKENS, prompt_ids, train_tokenizer
 from das_asr.training.base.voices import HELD_OUT_VARIANTS, HELD_OUT_VOICES, draw_take
+from das_asr.training.jsonl import Row, read_rows
 
 needs_voices = pytest.mark.skipif(
     not all(shutil.which(program) for program in ("espeak-ng", "flite", "festival")),
@@ -134,6 +136,28 @@ def test_preparing_goes_on_after_a_stop(tmp_path: Path) -> None:
     assert [row["id"] for row in first.rows] == [row["id"] for row in rows[SHARD:]]
     assert [len(features) for features in first.features] == [row["frames"] for row in first.rows]
     assert list(prepare(rows[SHARD:], tmp_path / "one", mels=20, seconds=7.9, workers=1)) == [4]
+
+
+@needs_voices
+def test_no_engine_runs_on_after_a_shard(tmp_path: Path) -> None:
+    names = (f"b{number:06d}" for number in itertools.count())
+    by_festival = [name for name in itertools.islice(names, 500) if _engine_of(name) == "festival"][:2]
+    before = _children()
+    prepared._write_shard([_row(name) for name in by_festival], tmp_path / "shard", 20, 7.9)
+    assert [row["voice"].partition("/")[0] for row in read_rows(tmp_path / "shard/rows.jsonl")] == ["festival"] * 2
+    assert _children() == before
+
+
+def _engine_of(name: str) -> str:
+    return draw_take(random.Random(f"take {name}")).voice.engine
+
+
+def _row(name: str) -> Row:
+    return {"id": name, "text": "good morning", "source": "requests"}
+
+
+def _children() -> set[str]:
+    return set(" ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split())
 
 
 # ---- network and optimiser ----

@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ __all__ = ["SHARD", "Prepared", "load_prepared", "prepare", "raw_features"]
 
 _RATE, _HOP, _FFT = 16_000, 160, 400
 SHARD = 500  # utterances
+_ENGINES = ("espeak-ng", "flite", "festival")
 _FEATURES, _ROWS = "features.npy", "rows.jsonl"
 _LEAST_POWER = 1e-10
 
@@ -90,19 +92,21 @@ def _write_shard(rows: list[Row], path: Path, mels: int, seconds: float) -> None
 
 
 def _speak_all(rows: list[Row], mels: int, seconds: float) -> tuple[list[Row], list[NDArray[np.float16]]]:
-    engines = {name: create_engine(name) for name in ("espeak-ng", "flite", "festival")}
     spoken, features, failures = [], [], []
-    for row in rows:
-        take = draw_take(random.Random(f"take {row['id']}"))  # noqa: S311
-        try:
-            samples = _resampled(speak_16k(engines[take.voice.engine], row["text"], take.voice), take)
-        except EngineFailure as error:
-            failures.append(f"{row['text']!r}: {error}")
-            continue
-        if len(samples) <= seconds * _RATE:
-            features.append(raw_features(samples, mels))
-            voice = f"{take.voice.engine}/{take.voice.name}"
-            spoken.append({**row, "voice": voice, "frames": len(features[-1])})
+    with ExitStack() as stack:
+        # An engine may keep a process of hundreds of megabytes running.
+        engines = {name: stack.enter_context(closing(create_engine(name))) for name in _ENGINES}
+        for row in rows:
+            take = draw_take(random.Random(f"take {row['id']}"))  # noqa: S311
+            try:
+                samples = _resampled(speak_16k(engines[take.voice.engine], row["text"], take.voice), take)
+            except EngineFailure as error:
+                failures.append(f"{row['text']!r}: {error}")
+                continue
+            if len(samples) <= seconds * _RATE:
+                features.append(raw_features(samples, mels))
+                voice = f"{take.voice.engine}/{take.voice.name}"
+                spoken.append({**row, "voice": voice, "frames": len(features[-1])})
     if len(failures) > 0.02 * len(rows):
         raise SynthesisError(f"{len(failures)} of {len(rows)} sentences could not be spoken, the first: {failures[0]}")
     return spoken, features

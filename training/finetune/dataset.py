@@ -151,8 +151,8 @@ class _Builder:
     def __init__(self, base: Base, options: DataOptions, model: Any, encoder_states: bool) -> None:
         self.base, self.options, self.model = base, options, model
         self.encoder_states = encoder_states
-        self.log_mel = LogMel(base.front_end, base.dimensions.mels)
-        sizes = (base.front_end, base.dimensions.mels)
+        self.log_mel = LogMel(base.audio, base.dimensions.mels)
+        sizes = (base.audio, base.dimensions.mels)
         if encoder_states:
             self.cache = FeatureCache.open(options.cache, *sizes, encoder_sha256=base.encoder_sha256)
         else:
@@ -223,8 +223,8 @@ class _Builder:
         return problems
 
     def _log_mel(self, path: Path) -> NDArray[np.float32]:
-        samples = load_audio(path, target_rate=self.base.front_end.sample_rate)
-        check_duration(samples, self.base.front_end)
+        samples = load_audio(path, target_rate=self.base.audio.sample_rate)
+        check_duration(samples, self.base.audio)
         return self.log_mel(samples)
 
     def _store(self, batch: Sequence[tuple[str, NDArray[np.float32]]]) -> None:

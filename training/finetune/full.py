@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from das_asr.export.checkpoint import FRONT_END_FILES, TOKENIZER_FILES
 from das_asr.runtime.errors import OptionError, TrainingError
 from das_asr.runtime.peft_checkpoint import LINEAGE_NAME
-from das_asr.training.finetune.base import FRONT_END_FILES, TOKENIZER_FILES, Base, load_base
+from das_asr.training.finetune.base import Base, load_base
 from das_asr.training.finetune.dataset import prepare_data
 from das_asr.training.finetune.lineage import lineage_of, run_of
 from das_asr.training.finetune.options import DataOptions, TrainOptions

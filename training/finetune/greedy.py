@@ -25,8 +25,8 @@ def greedy_texts(model: Any, batch: dict[str, Any], base: Base) -> list[str]:
         base: its tokenizer and limits.
     """
     labels = batch["labels"]
-    rows, end = labels.shape[0], base.special.end_of_text
-    start = torch.full((rows, 1), base.special.start_of_transcript, device=labels.device)
+    rows, end = labels.shape[0], base.tokenizer.special.end_of_text
+    start = torch.full((rows, 1), base.tokenizer.special.start_of_transcript, device=labels.device)
     ids = torch.cat([start, labels[:, : _prompt_length(base) - 1]], dim=1)  # [B, prompt]
     suppressed = [token for token in base.generation_config.get("suppress_tokens") or [] if token >= 0]
     given = {name: value for name, value in batch.items() if name != "labels"}
@@ -49,5 +49,5 @@ def greedy_texts(model: Any, batch: dict[str, Any], base: Base) -> list[str]:
 
 def _prompt_length(base: Base) -> int:
     """Tokens before the text; the same for every language and task."""
-    languages = base.special.languages
+    languages = base.tokenizer.special.languages
     return len(base.tokenizer.prompt(next(iter(languages), None), "transcribe", None, 0)[0])

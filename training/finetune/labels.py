@@ -29,7 +29,7 @@ def encode(base: Base, text: str, language: str | None, task: str, *, leading_sp
     """
     prompt, _ = base.tokenizer.prompt(language, task, None, 0)
     content = base.tokenizer.encode(f"{' ' if leading_space else ''}{text.strip()}")
-    labels = [*prompt[1:], *content, base.special.end_of_text]
+    labels = [*prompt[1:], *content, base.tokenizer.special.end_of_text]
     if len(labels) > (limit := base.dimensions.text_positions):
         raise DataError(f"its transcript takes {len(labels)} tokens, the decoder has room for {limit}")
     return labels
