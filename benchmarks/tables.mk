@@ -11,6 +11,7 @@ BASE ?= benchmarks/demo/base
 MAIN := music weather sports
 MORE := cooking travel news shopping health navigation smart_home
 JUDGED := $(MAIN) general
+JUDGED_own := held-out
 SENTENCES := benchmarks/sentences
 EVAL ?=
 COUNT ?= 3000
@@ -25,10 +26,12 @@ WER := $(BIN)/das-bench wer --wake-word olly --wake-word "hey olly" --threads 2
 UNHEARD := --voice en-us+linda --voice en-us+f5 --voice en-us+m7 --voice en-us+klatt3 --voice en-us+steph3
 DEV_VOICES := --voice en-us+f2 --voice en-us+m3 --voice en-gb+f4 --voice en-us+klatt2 --voice en-us+Andy
 
-.PHONY: tables adapters
+.PHONY: tables adapters blora
 .SECONDARY:
 
 tables: $(T)/tables.md
+
+blora: $(T)/forgetting.md
 
 adapters: $(foreach name,$(MAIN) $(MORE),$(T)/adapters/$(name)/adapter_config.json)
 
@@ -104,12 +107,51 @@ SYSTEM_LIST := $(if $(filter all,$(SYSTEMS)),--systems benchmarks/tables.yaml,--
 KINDS := own/espeak own/slt $(if $(EVAL),eval/espeak eval/slt)
 REPORTS := $(foreach kind,$(KINDS),$(T)/wer-$(subst /,-,$(kind)).json)
 
+sets = $(JUDGED) $(JUDGED_$(firstword $(subst /, ,$(1))))
+
 define judged
-$(T)/wer-$(subst /,-,$(1)).json: $(T)/bundle/manifest.json $(foreach name,$(JUDGED),$(T)/sets/$(1)/$(name)/metadata.jsonl) $(SYSTEM_FILES)
-	$(WER) --bundle $(T)/bundle $(foreach name,$(JUDGED),--test $(name)=$(T)/sets/$(1)/$(name)) $(SYSTEM_LIST) \
+$(T)/wer-$(subst /,-,$(1)).json: $(T)/bundle/manifest.json $(foreach name,$(call sets,$(1)),$(T)/sets/$(1)/$(name)/metadata.jsonl) $(SYSTEM_FILES)
+	$(WER) --bundle $(T)/bundle $(foreach name,$(call sets,$(1)),--test $(name)=$(T)/sets/$(1)/$(name)) $(SYSTEM_LIST) \
 		--output $$@ --markdown $$(@:.json=.md) --figure $$(@:.json=.png)
 endef
 $(foreach kind,own/espeak own/slt eval/espeak eval/slt,$(eval $(call judged,$(kind))))
 
-$(T)/tables.md: $(REPORTS)
+$(T)/tables.md: $(REPORTS) $(T)/forgetting.md
 	$(BIN)/das-bench tables $(foreach kind,$(KINDS),--report $(subst /,-,$(kind))=$(T)/wer-$(subst /,-,$(kind)).json) --output $@
+	cat $(T)/forgetting.md >>$@
+
+# ---- BLoRA: the domains one after the other, with several weights of the KL term ----
+
+BETAS := 0.001 0.01 0.03 0.1 0.3
+CHAINS := lora $(BETAS:%=beta-%)
+FEW := 1000
+CHAIN := $(foreach name,$(MAIN),$(name)=$(T)/speech/$(name)/few.jsonl)
+LAST := stage-$(words $(MAIN))-$(lastword $(MAIN))
+BLORA := $(LORA) --lr 1e-3
+
+$(T)/speech/%/few.jsonl: $(T)/speech/%/metadata.jsonl
+	head -n $(FEW) $< >$@
+
+$(T)/blora/lora/$(LAST)/adapter_config.json: $(foreach name,$(MAIN),$(T)/speech/$(name)/few.jsonl)
+	$(TRAIN) blora --base $(BASE) --method lora $(BLORA) --output $(T)/blora/lora --sequence $(CHAIN)
+
+$(T)/blora/beta-%/$(LAST)/adapter_config.json: $(foreach name,$(MAIN),$(T)/speech/$(name)/few.jsonl)
+	$(TRAIN) blora --base $(BASE) --beta $* $(BLORA) --output $(T)/blora/beta-$* --sequence $(CHAIN)
+
+CHAIN_FILES := $(foreach name,$(CHAINS),$(T)/blora/$(name)/$(LAST)/adapter_config.json)
+
+# Beta is chosen on dev, and judged on the other sets.
+CHAIN_KINDS := dev/espeak $(KINDS)
+
+define chained
+$(T)/wer-blora-$(subst /,-,$(1)).json: $(T)/bundle/manifest.json $(foreach name,$(JUDGED),$(T)/sets/$(1)/$(name)/metadata.jsonl) $(CHAIN_FILES)
+	$(WER) --bundle $(T)/bundle $(foreach name,$(JUDGED),--test $(name)=$(T)/sets/$(1)/$(name)) \
+		--system base $(foreach name,$(CHAINS),--system $(name)=$(T)/blora/$(name)/$(LAST)) --output $$@ --markdown $$(@:.json=.md)
+$(T)/forgetting-$(subst /,-,$(1)).md: $(T)/wer-blora-$(subst /,-,$(1)).json
+	$(BIN)/das-bench forgetting $$< $(foreach name,$(CHAINS),--adapter $(name)=$(T)/blora/$(name)/$(LAST)) \
+		$(foreach name,$(MAIN),--learned $(name)) --retained general --title "Forgetting, $(subst /,-,$(1))" --output $$@
+endef
+$(foreach kind,dev/espeak own/espeak own/slt eval/espeak eval/slt,$(eval $(call chained,$(kind))))
+
+$(T)/forgetting.md: $(foreach kind,$(CHAIN_KINDS),$(T)/forgetting-$(subst /,-,$(kind)).md)
+	cat $^ >$@
