@@ -208,7 +208,7 @@ def forgetting_command(
 ) -> None:
     """BLoRA's measures from a result of `das-bench wer`: what adapters learned, forgot, and how sparse they are."""
     from das_asr.benchmarks.tables import forgetting_table
-    from das_asr.benchmarks.wer_report import wording_text
+    from das_asr.benchmarks.wer_report import about_text, wording_text
     from das_asr.benchmarks.wer_result import read_report
     from das_asr.benchmarks.wer_stats import WerStatistics
     from das_asr.training.blora.sparsity import measure_sparsity
@@ -217,7 +217,8 @@ def forgetting_command(
     found = read_report(report)
     small = {name: measure_sparsity(folder) for name, folder in adapters}
     table = forgetting_table(WerStatistics(found), small, learned, retained)
-    write_whole(output, f"## {title}\n\nWER and F in %; {wording_text(found.wording)}.\n\n{table}\n")
+    facts = "; ".join(filter(None, [wording_text(found.wording), about_text(found)]))
+    write_whole(output, f"## {title}\n\nWER and F in %; {facts}.\n\n{table}\n")
 
 
 def _shared(options: dict[str, Any]) -> dict[str, Any]:

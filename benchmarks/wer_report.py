@@ -10,7 +10,16 @@ from das_asr.benchmarks.wer_result import WerReport
 from das_asr.benchmarks.wer_stats import Comparison, WerStatistics
 from das_asr.benchmarks.wordcounts import KINDS
 
-__all__ = ["SIGNIFICANT", "change_cell", "markdown_table", "percent", "rate_cell", "render_wer", "wording_text"]
+__all__ = [
+    "SIGNIFICANT",
+    "about_text",
+    "change_cell",
+    "markdown_table",
+    "percent",
+    "rate_cell",
+    "render_wer",
+    "wording_text",
+]
 
 SIGNIFICANT = 0.05
 FEW = 30  # utterances
@@ -69,6 +78,16 @@ def wording_text(wording: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def about_text(report: WerReport) -> str:
+    """Machine, versions, commit and date, as far as they are known."""
+    about = report.about
+    machine, versions = about.get("machine") or {}, about.get("versions") or {}
+    parts = [str(machine.get("processor") or "")]
+    parts += [f"{name} {versions[name]}" for name in ("onnxruntime", "torch") if name in versions]
+    parts += [f"commit {about['commit']}"] if about.get("commit") else []
+    return ", ".join(filter(None, [*parts, str(about.get("date") or "")[:10]]))
+
+
 def _signed(share: float) -> str:
     return f"{100 * share:+.1f}"
 
@@ -81,9 +100,7 @@ def _bounds(interval: Interval, show: Any) -> str:
 
 def _caption(report: WerReport) -> str:
     sizes = [f"{name} {len(found)} / {report.words(name).sum()}" for name, found in report.sets.items()]
-    parts = [f"Sets (utterances / words): {', '.join(sizes)}", wording_text(report.wording)]
-    machine = report.about.get("machine") or {}
-    parts += [str(machine.get("processor") or ""), str(report.about.get("date") or "")[:10]]
+    parts = [f"Sets (utterances / words): {', '.join(sizes)}", wording_text(report.wording), about_text(report)]
     return "; ".join(filter(None, parts)) + "."
 
 
