@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from das_asr.benchmarks.models import SAMPLE_RATE, read_json
+from das_asr.runtime.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["window_audio"]
+__all__ = ["find_audio", "window_audio"]
+
+_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+
+
+def find_audio(paths: Sequence[Path]) -> list[Path]:
+    """Files, and the audio files of folders, sorted.
+
+    Raises:
+        OptionError: a folder has none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(item for item in path.iterdir() if item.suffix in _SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise OptionError(f"--audio {path}: there is no {', '.join(_SUFFIXES)} file in this folder.")
+        found += inside
+    return found
 
 
 def window_audio(checkpoint: Path) -> NDArray[np.float32]:

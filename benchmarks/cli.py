@@ -96,6 +96,39 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
         click.echo(render_report(data), nl=False)
 
 
+def _shares(_: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    """`0.5,4` -> (0.5, 4.0)."""
+    try:
+        return tuple(float(item) for item in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.5,0.7,4.", param=parameter) from None
+
+
+@main.command()
+@click.option("--bundle", "-b", required=True, type=FILE, help="What `das-export` wrote.")
+@click.option("--audio", multiple=True, required=True, type=FILE, help="File or folder of clips; repeatable.")
+@click.option("--requests", default=100, show_default=True, help="Of each measurement.")
+@click.option("--rates", default="0.5,0.7,0.9,4", show_default=True, callback=_shares, help="Shares of the capacity.")
+@click.option("--patterns", default="all", show_default=True, help="Which adapters: all, same, uniform, zipf; a list.")
+@click.option("--max-batch", default=8, show_default=True, help="Utterances decoded together.")
+@click.option("--max-queue", default=64, show_default=True, help="Requests that may wait.")
+@click.option("--threads", default=1, show_default=True, help="Of a run of a graph.")
+@click.option("--precision", help="Of the bundle; by default its first.")
+@click.option("--seed", default=0, show_default=True, help="Of arrivals, clips and adapters.")
+@click.option("--output", "-o", required=True, type=OUTPUT, help="JSON file to write.")
+def load(audio: tuple[Path, ...], patterns: str, output: Path, **options: Any) -> None:
+    """Throughput and latency under Poisson arrivals: continuous batching, static batches, one at a time."""
+    from das_asr.benchmarks.load import LoadOptions, measure_load, render_load
+    from das_asr.benchmarks.machine import describe_machine, describe_run
+
+    check_folders(output=output)
+    chosen = LoadOptions(audio=audio, patterns=tuple(patterns.split(",")), **options)
+    before = {"kind": "load", "schema": 1, **describe_run(), "machine": describe_machine()}
+    result = {**before, **measure_load(chosen, lambda text: click.echo(text, err=True))}
+    write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    click.echo(render_load(result), nl=False)
+
+
 @main.command()
 @click.argument("bundle", type=FILE)
 @click.option("--base", required=True, type=FILE, help="Checkpoint that the bundle was exported from.")

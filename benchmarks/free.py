@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from das_asr.benchmarks.audio import find_audio
 from das_asr.benchmarks.machine import pinned, quiet_libraries
 from das_asr.benchmarks.models import SAMPLE_RATE, resolve_model
 from das_asr.benchmarks.systems import YARDSTICK, System, Work, open_system
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["FreeOptions", "run_free"]
 
 SYSTEMS = (YARDSTICK, "das", "das-hypothesis")
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 Clips = Sequence["NDArray[np.float32]"]
 
@@ -66,13 +66,7 @@ class FreeOptions:
 
     def files(self) -> list[Path]:
         """The audio files, folders opened and sorted."""
-        found: list[Path] = []
-        for path in self.audio:
-            inside = sorted(item for item in path.iterdir() if item.suffix in SUFFIXES) if path.is_dir() else [path]
-            if not inside:
-                raise OptionError(f"--audio {path}: there is no {', '.join(SUFFIXES)} file in this folder.")
-            found += inside
-        return found
+        return find_audio(self.audio)
 
 
 def run_free(options: FreeOptions, log: Callable[[str], None]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from das_asr.benchmarks.wording import Normalize
 from das_asr.runtime.audio import MIN_SECONDS
 from das_asr.runtime.errors import DataError
-from das_asr.training.utterances import Utterance, read_utterances
+from das_asr.runtime.utterances import Utterance, read_utterances
 
 __all__ = ["EvaluationSet", "check_references", "fit_window", "parse_source", "read_sets"]
 

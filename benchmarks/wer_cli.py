@@ -122,6 +122,7 @@ def wer_command(
 @_common
 @click.option("--rule", "rules", multiple=True, help="Shared-history rule to try; by default all; `none` for none.")
 @click.option("--taus", help="Comma-separated thresholds to try.")
+@click.option("--switch-costs", help="Comma-separated switch costs of hypothesis to try.")
 @click.option("--retain", multiple=True, help="Set that must not become worse than with the base; repeatable.")
 @click.option("--allowance", default=0.0, show_default=True, help="By how many points of WER it may all the same.")
 @click.option("--apply", is_flag=True, help="Print the options of the best setting alone.")
@@ -130,6 +131,7 @@ def tune_command(
     tests: tuple[str, ...],
     rules: tuple[str, ...],
     taus: str | None,
+    switch_costs: str | None,
     retain: tuple[str, ...],
     output: Path,
     figure: Path | None,
@@ -149,7 +151,8 @@ def tune_command(
 
     check_folders(output=output, figure=figure)
     check_picture(figure, "--figure")
-    grid: dict[str, Any] = {} if taus is None else {"taus": _numbers(taus)}
+    lists = {"taus": taus, "switch_costs": switch_costs}
+    grid: dict[str, Any] = {name: _numbers(name, text) for name, text in lists.items() if text is not None}
     if rules:
         grid["rules"] = () if rules == ("none",) else rules
     chosen = TuneOptions(
@@ -234,11 +237,12 @@ def _shared(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(item) for item in text.split(","))
     except ValueError:
-        raise OptionError(f"--taus {text!r} is not a list of numbers such as 0.01,0.025,0.1.") from None
+        flag = name.replace("_", "-")
+        raise OptionError(f"--{flag} {text!r} is not a list of numbers such as 0.01,0.025,0.1.") from None
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,8 +29,9 @@ from das_asr.export.clips import load_clips
 from das_asr.export.onnx import check_adapters_used, opset, write_graphs
 from das_asr.export.options import AdapterSource, ExportOptions
 from das_asr.export.staging import check_target, staged
+from das_asr.export.variants import check_variant, compare_variant, read_speech
 from das_asr.runtime.adapters import Adapter, save_adapter, stack_adapters
-from das_asr.runtime.errors import ExportError
+from das_asr.runtime.errors import ExportError, ParityError
 from das_asr.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -37,12 +39,14 @@ from das_asr.runtime.manifest import (
     BaseModel,
     Manifest,
     ParityReport,
+    VariantReport,
     check_files,
     sha256_of,
     write_manifest,
 )
 from das_asr.runtime.peft_checkpoint import read_adapter
 from das_asr.runtime.tokenizer import special_tokens
+from das_asr.runtime.utterances import Utterance
 
 __all__ = ["export_bundle"]
 
@@ -59,6 +63,7 @@ class _Sources:
     adapters: tuple[Adapter, ...]
     folders: tuple[Path, ...]  # PEFT checkpoints of the adapters
     samples: Sequence[NDArray[np.float32]]  # [n] each
+    speech: Sequence[Utterance]  # labelled, to compare precisions
 
 
 def export_bundle(options: ExportOptions) -> Manifest:
@@ -74,8 +79,10 @@ def export_bundle(options: ExportOptions) -> Manifest:
         CheckpointError: the base is broken, cannot be had, or is not a Whisper that can be exported.
         AdapterError: an adapter is broken, unsupported, or made for another base.
         AudioError: a sample cannot be used.
-        ParityError: the exported graphs do not compute what PyTorch computes, or an adapter changes nothing.
-        ExportError: the output exists, cannot be written, or the disk is full.
+        DataError: the labelled speech cannot be used.
+        ParityError: the exported graphs do not compute what PyTorch computes, an adapter changes nothing, or a
+            precision differs too much from float32.
+        ExportError: the output exists, cannot be written, or the disk is full; or the base cannot have a precision.
     """
     check_target(options.output, force=options.force)
     sources = _read(options)
@@ -88,7 +95,8 @@ def _read(options: ExportOptions) -> _Sources:
     _log.info("base %s: %s", options.base, _sizes(checkpoint))
     adapters = tuple(_read_adapter(source, checkpoint) for source in options.adapters)
     folders = tuple(source.directory for source in options.adapters)
-    return _Sources(checkpoint, adapters, folders, load_clips(options.sample_audio, checkpoint.audio))
+    samples, speech = load_clips(options.sample_audio, checkpoint.audio), read_speech(options.eval_manifest)
+    return _Sources(checkpoint, adapters, folders, samples, speech)
 
 
 def _read_adapter(source: AdapterSource, checkpoint: Checkpoint) -> Adapter:
@@ -115,14 +123,26 @@ def _write(options: ExportOptions, sources: _Sources, directory: Path) -> Manife
     stack = stack_adapters(sources.adapters, checkpoint.dimensions)
     write_graphs(checkpoint, checkpoint.dimensions, stack, directory, _graph_metadata(checkpoint, stack.names))
     check_adapters_used(sources.adapters, directory)
+    smaller = [precision for precision in options.precisions if precision != "fp32"]
+    _write_variants(smaller, checkpoint, directory)
     _write_adapters(sources.adapters, directory)
     _write_settings(checkpoint, directory)
     draft = _manifest(options, sources, directory)
     write_manifest(draft, directory)  # the gate decodes with the runtime, which wants a manifest
-    manifest = dataclasses.replace(draft, parity={options.precision: _gate(draft, sources, directory)})
+    parity = {"fp32": _gate(draft, sources, directory)}
+    variants = {name: _judge(name, draft, sources, directory, force=options.force) for name in smaller}
+    manifest = dataclasses.replace(draft, parity=parity, variants=variants)
     write_manifest(manifest, directory)
     check_files(manifest, directory)
     return manifest
+
+
+def _write_variants(precisions: Sequence[str], checkpoint: Checkpoint, directory: Path) -> None:
+    from das_asr.export.precision import write_variant
+
+    for precision in precisions:
+        _log.info("writing %s", precision)
+        write_variant(directory, precision, checkpoint.dimensions)
 
 
 def _gate(draft: Manifest, sources: _Sources, directory: Path) -> ParityReport:
@@ -131,6 +151,18 @@ def _gate(draft: Manifest, sources: _Sources, directory: Path) -> ParityReport:
 
     openers = [peft_row(folder) for folder in sources.folders]
     return check_parity(directory, draft, sources.samples, sources.checkpoint.directory, openers)
+
+
+def _judge(precision: str, draft: Manifest, sources: _Sources, directory: Path, *, force: bool) -> VariantReport:
+    _log.info("comparing %s with fp32", precision)
+    report = compare_variant(directory, draft, precision, sources.samples, sources.speech)
+    try:
+        check_variant(precision, report)
+    except ParityError as error:
+        if not force:
+            raise
+        warnings.warn(f"Kept because of --force: {error}", stacklevel=1)
+    return report
 
 
 def _graph_metadata(checkpoint: Checkpoint, adapters: Sequence[str]) -> dict[str, str]:
@@ -206,7 +238,7 @@ def _manifest(options: ExportOptions, sources: _Sources, directory: Path) -> Man
         tau=options.tau,
         suppress_tokens=checkpoint.suppress_tokens,
         begin_suppress_tokens=checkpoint.begin_suppress_tokens,
-        precisions=(options.precision,),
+        precisions=options.precisions,
         opset=opset(),
         tools=_tools(),
         parity={},

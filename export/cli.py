@@ -25,7 +25,7 @@ from das_asr.export import AdapterSource, ExportOptions, export_bundle, inspect_
 from das_asr.export.options import PRECISIONS
 from das_asr.runtime.console import Group, NamedFolder
 from das_asr.runtime.contract import RULE_CODES
-from das_asr.runtime.manifest import Manifest, ParityReport
+from das_asr.runtime.manifest import Manifest, ParityReport, VariantReport
 
 __all__ = ["main"]
 
@@ -50,7 +50,13 @@ def main() -> None:
     help="PEFT LoRA checkpoint and the name of its row; up to 64, in the order of their rows.",
 )
 @click.option("--output", required=True, type=_BUNDLE, help="Bundle to write; missing folders above it are made.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of the graphs' weights.")
+@click.option(
+    "--precision",
+    "precisions",
+    default="fp32",
+    callback=lambda _, __, text: tuple(name.strip() for name in text.split(",")),
+    help=f"Of the graphs' weights, as a list of {', '.join(PRECISIONS)}; the first is the runtime's default.",
+)
 @click.option(
     "--rule",
     type=click.Choice(tuple(RULE_CODES)),
@@ -64,7 +70,16 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Clips that the parity gate decodes, instead of those of the package.",
 )
-@click.option("--force", is_flag=True, help="Replace the bundle at --output once the new one is complete and verified.")
+@click.option(
+    "--eval-manifest",
+    type=click.Path(path_type=Path),
+    help="Labelled speech (AudioFolder or JSON Lines) on which the precisions' word error rates are compared.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace the bundle at --output once the new one is complete and verified; keep precisions that differ much.",
+)
 @_as_json
 def onnx(adapters: Sequence[tuple[str, Path]], as_json: bool, sample_audio: Sequence[Path], **choices: Any) -> None:
     """Export a base and its adapters to ONNX.
@@ -79,6 +94,7 @@ def onnx(adapters: Sequence[tuple[str, Path]], as_json: bool, sample_audio: Sequ
         _print_json({"output": str(options.output), "manifest": dataclasses.asdict(manifest)})
     else:
         _print_parity(manifest.parity)
+        _print_variants(manifest.variants)
         click.echo(f"Wrote {options.output}: {', '.join(_rows(manifest))}")
 
 
@@ -138,6 +154,17 @@ def _print_parity(parity: Mapping[str, ParityReport]) -> None:
         )
 
 
+def _print_variants(variants: Mapping[str, VariantReport]) -> None:
+    for precision, report in variants.items():
+        line = (
+            f"Precision {precision}: {report.tokens_differing} of {report.tokens_compared} tokens "
+            f"({report.disagreement:.1%}) other than with fp32"
+        )
+        if report.wer is not None and report.wer_fp32 is not None:
+            line += f"; WER {report.wer:.2%}, with fp32 {report.wer_fp32:.2%}, on {report.words} words"
+        click.echo(line)
+
+
 def _print_manifest(manifest: Manifest) -> None:
     dims = manifest.dimensions
     lines = {
@@ -155,6 +182,7 @@ def _print_manifest(manifest: Manifest) -> None:
     for row, entry in enumerate(manifest.adapters, start=1):
         click.echo(f"row {row}:      {entry.name}, rank {entry.rank}, {', '.join(entry.target_modules)}")
     _print_parity(manifest.parity)
+    _print_variants(manifest.variants)
 
 
 # --- While it runs ---

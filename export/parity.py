@@ -252,7 +252,7 @@ def _transcribe(directory: Path, manifest: Manifest, samples: Samples, limit: in
     """Everything the runtime writes: with a shared history one by one, with own histories in batches."""
     sizes = dict(zip(REPLAYED_RULES, (1, _BATCH), strict=True))
     products = []
-    with Transcriber.load(directory, verify_files=False) as transcriber:
+    with Transcriber.load(directory, precision="fp32", verify_files=False) as transcriber:
         for rule, size in sizes.items():
             for start in range(0, len(samples), size):
                 results = transcriber.transcribe_batch(

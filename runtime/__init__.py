@@ -14,10 +14,13 @@ from das_asr.runtime.errors import (
     BundleError,
     ClosedError,
     DasError,
+    DeadlineError,
     OptionError,
+    QueueFullError,
 )
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.results import Hypothesis, Timings, TokenProvenance, Transcription, Word
+from das_asr.runtime.scheduler import SchedulerOptions
 from das_asr.runtime.selection import SelectionRule, StepCandidates
 from das_asr.runtime.transcriber import Transcriber
 
@@ -28,9 +31,12 @@ __all__ = [
     "BundleError",
     "ClosedError",
     "DasError",
+    "DeadlineError",
     "DecodingOptions",
     "Hypothesis",
     "OptionError",
+    "QueueFullError",
+    "SchedulerOptions",
     "SelectionRule",
     "StepCandidates",
     "Timings",

@@ -25,6 +25,11 @@ class GrowingCache:
         """Pairs of input name and tensor for the next run."""
         return zip(self._pasts, self._values, strict=True)
 
+    @property
+    def values(self) -> Sequence[Any]:
+        """The tensors, in the order of `contract.cache_names`."""
+        return self._values
+
     def advance(self, presents: Sequence[Any]) -> None:
         """Takes the outputs of a run, in the order of `present_names`."""
         if len(presents) != len(self._pasts):

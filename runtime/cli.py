@@ -63,6 +63,7 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 @click.option("--base-bias", type=float, default=0.0, show_default=True, help="In favour of the base's text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=int, help="Threads; by default all cores.")
+@click.option("--precision", help="Of the graphs; by default the bundle's first.")
 @click.version_option(package_name="das-asr")
 def main(
     files: Sequence[str],
@@ -73,6 +74,7 @@ def main(
     adapters: str | None,
     device: str,
     threads: int | None,
+    precision: str | None,
     **choices: Any,
 ) -> None:
     """Transcribe FILES: wav, flac, ogg or mp3, at any rate and with any number of channels."""
@@ -80,7 +82,7 @@ def main(
     options = DecodingOptions(adapters=names, **choices)
     from das_asr.runtime.transcriber import Transcriber  # after the options: a wrong one is told at once
 
-    with Transcriber.load(bundle, device, threads) as transcriber:
+    with Transcriber.load(bundle, device, threads, precision=precision) as transcriber:
         for name, directory in loaded:
             transcriber.load_adapter(name, directory)
         failed = 0

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from das_asr.runtime.decoding import DecodedBatch
 from das_asr.runtime.results import Timings
+
+if TYPE_CHECKING:
+    from das_asr.runtime.scheduler import Stages
 
 __all__ = ["Clock"]
 
@@ -16,7 +20,7 @@ class Clock:
     def __init__(self) -> None:
         self._started = self._last = perf_counter()
         self._stages = {"audio": 0.0, "features": 0.0, "encoder": 0.0, "prefill": 0.0, "steps": 0.0}
-        self._step_count = 0
+        self._step_count, self._queue = 0, 0.0
 
     def lap(self, stage: str | None) -> None:
         """Books the time since the last lap; None leaves it to the host."""
@@ -31,10 +35,21 @@ class Clock:
         self._stages["steps"] += sum(batch.step_seconds)
         self._step_count += len(batch.step_seconds)
 
+    def served(self, stages: Stages) -> None:
+        """Books what the scheduler measured; other requests' turns in between are host time."""
+        self._stages["encoder"], self._stages["prefill"] = stages.encoder, stages.prefill
+        self._stages["steps"], self._step_count = sum(stages.steps), len(stages.steps)
+        self._queue = stages.queue
+
     def stop(self, audio_duration: float) -> Timings:
         """All timings, with the seconds of audio they were for."""
-        total = perf_counter() - self._started
+        total = perf_counter() - self._started - self._queue
         host = total - sum(self._stages.values())
         return Timings(
-            audio_duration=audio_duration, step_count=self._step_count, host=host, total=total, **self._stages
+            audio_duration=audio_duration,
+            step_count=self._step_count,
+            host=host,
+            total=total,
+            queue=self._queue,
+            **self._stages,
         )

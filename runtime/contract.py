@@ -16,6 +16,7 @@ from typing import Literal
 from das_asr.runtime.manifest import Dimensions
 
 __all__ = [
+    "ALONE",
     "RULE_CODES",
     "SUPPRESSED",
     "TARGETS",
@@ -39,6 +40,9 @@ TARGETS: tuple[Target, ...] = ("sq", "sv", "cq", "cv")
 
 RULE_CODES: dict[str, int] = {"base": 0, "paper": 1, "gain": 2, "deviation-max": 3, "hypothesis": 4}
 """Value of the decoder's `rule` input. The first four share one history, `hypothesis` gives each row its own."""
+
+ALONE = "das.alone"
+"""Property of an encoder that must be run on one utterance at a time: with others its outputs would depend on them."""
 
 SUPPRESSED = -1e30
 """Logit bias of a token that must not be written: its probability is exactly 0, and 0 * SUPPRESSED is not NaN."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from das_asr.runtime.backends.base import Control, DecodingBatch, Step
 from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, StepCandidates, choose_rows
 
-__all__ = ["DecodedBatch", "Plan", "Prompt", "decode"]
+__all__ = ["DecodedBatch", "Plan", "Prompt", "Writing", "decode", "prefill", "wants_logits"]
 
 
 @dataclass(frozen=True)
@@ -63,35 +63,36 @@ class DecodedBatch:
 def decode(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> DecodedBatch:
     """Runs the loop until every utterance has ended."""
     started = perf_counter()
-    prompts, step = _prefill(batch, prompts, plan)
+    prompts, step = prefill(batch, prompts, plan)
     prefilled = perf_counter()
-    transcript = _Transcript(plan, np.array([len(prompt.ids) for prompt in prompts]))
+    transcript = Writing(plan, np.array([len(prompt.ids) for prompt in prompts]))
     step_seconds = []
     while transcript.write(step):
         began = perf_counter()
         step = batch.run(
-            transcript.position(), transcript.prompt_last, transcript.next_ids(), logits=_wants_logits(plan)
+            transcript.position(), transcript.prompt_last, transcript.next_ids(), logits=wants_logits(plan)
         )
         step_seconds.append(perf_counter() - began)
     return transcript.finish(prefilled - started, tuple(step_seconds))
 
 
-def _wants_logits(plan: Plan) -> bool:
+def wants_logits(plan: Plan) -> bool:
+    """Whether the rule that chooses asks for the logits of every step."""
     return plan.host_rule is not None and plan.host_rule.needs_logits
 
 
-def _prefill(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> tuple[Sequence[Prompt], Step]:
+def prefill(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> tuple[Sequence[Prompt], Step]:
     """Feeds the prompts, left-padded to one length; with a probe in two runs, so that it can look in between."""
     padded = _padded(prompts, plan)
     width = padded.ids.shape[1]
     if plan.probe is None:
-        return prompts, _feed(batch, prompts, plan, 0, width, logits=_wants_logits(plan))
+        return prompts, _feed(batch, prompts, plan, 0, width, logits=wants_logits(plan))
     probed = padded.start + 1
     step = _feed(batch, prompts, plan, 0, probed, logits=True)
     assert step.logits is not None
     prompts = plan.probe(step.logits) or prompts
     if probed < width:
-        step = _feed(batch, prompts, plan, probed, width, logits=_wants_logits(plan))
+        step = _feed(batch, prompts, plan, probed, width, logits=wants_logits(plan))
     return prompts, step
 
 
@@ -121,7 +122,7 @@ def _feed(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan, begin: in
     return batch.run(begin - padded.pads, end - 1 - padded.pads, ids, logits=logits)
 
 
-class _Transcript:
+class Writing:
     """What a batch has written so far, and who is still writing."""
 
     def __init__(self, plan: Plan, prompt_lengths: NDArray[np.int64]) -> None:
@@ -167,6 +168,11 @@ class _Transcript:
     def position(self) -> NDArray[np.int64]:
         """Position [B] of the token written last; an utterance that has ended stays within the table."""
         return np.minimum(self._prompt_lengths + len(self._steps) - 1, self._plan.text_positions - 1)
+
+    @property
+    def written(self) -> NDArray[np.int64]:
+        """Ids [B, R] that every row wrote last."""
+        return self._written[-1]
 
     def next_ids(self) -> NDArray[np.int64] | None:
         """Ids [B, R, 1] to feed when the host has chosen; None leaves it to the graph's own binding."""

@@ -7,6 +7,8 @@ DasError                      anything the user can mend; the command lines prin
 ├── BackendError              a device, provider or package that was asked for cannot be had
 ├── OptionError               options that contradict each other or the model
 ├── ClosedError               a Transcriber is used after `close()`
+├── QueueFullError            more requests are waiting than the queue takes; try again later
+├── DeadlineError             a request's deadline passed before its transcription was complete
 ├── ExportError               the export cannot go on
 │   ├── CheckpointError       the base checkpoint is broken or is not a Whisper that can be exported
 │   └── ParityError           the exported graphs do not agree with PyTorch
@@ -32,9 +34,11 @@ __all__ = [
     "ClosedError",
     "DasError",
     "DataError",
+    "DeadlineError",
     "ExportError",
     "OptionError",
     "ParityError",
+    "QueueFullError",
     "SynthesisError",
     "TrainingError",
 ]
@@ -66,6 +70,14 @@ class OptionError(DasError):
 
 class ClosedError(DasError):
     """A Transcriber is used after `close()`."""
+
+
+class QueueFullError(DasError):
+    """More requests are waiting than the queue takes."""
+
+
+class DeadlineError(DasError):
+    """A request's deadline passed before its transcription was complete."""
 
 
 class ExportError(DasError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from das_asr.runtime.errors import BundleError
+from das_asr.runtime.errors import BundleError, OptionError
 
 __all__ = [
     "MANIFEST_NAME",
@@ -23,13 +23,14 @@ __all__ = [
     "Manifest",
     "ParityReport",
     "SpecialTokens",
+    "VariantReport",
     "check_files",
     "read_manifest",
     "sha256_of",
     "write_manifest",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -128,6 +129,22 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class VariantReport:
+    """How a precision variant differs from float32, see `export.variants`."""
+
+    tokens_compared: int  # that float32 wrote, on all rows of all sample clips
+    tokens_differing: int  # insertions, deletions and substitutions
+    words: int  # of the labelled speech; 0 without any
+    wer: float | None  # as a fraction
+    wer_fp32: float | None
+
+    @property
+    def disagreement(self) -> float:
+        """Share of the tokens that differ."""
+        return self.tokens_differing / max(1, self.tokens_compared)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that the runtime must know about a bundle before it opens a graph."""
 
@@ -141,12 +158,27 @@ class Manifest:
     tau: float  # probability units, paper Eq. 3
     suppress_tokens: tuple[int, ...]
     begin_suppress_tokens: tuple[int, ...]
-    precisions: tuple[str, ...]
+    precisions: tuple[str, ...]  # the first is the runtime's default
     opset: int
     tools: dict[str, str]  # package -> version
     parity: dict[str, ParityReport]  # precision -> report
     files: dict[str, str]  # relative POSIX path -> sha256
     created: str  # UTC, ISO 8601
+    variants: dict[str, VariantReport] = field(default_factory=dict)  # precision -> report, for all but fp32
+
+    def graphs(self, directory: Path, precision: str | None) -> Path:
+        """The folder with the graphs of a precision; None is the default.
+
+        Raises:
+            OptionError: the bundle does not have it.
+        """
+        chosen = precision or self.precisions[0]
+        if chosen not in self.precisions:
+            raise OptionError(
+                f"precision is {chosen!r}; {directory} has {', '.join(self.precisions)}. "
+                f"Export it again with --precision {','.join([*self.precisions, chosen])}."
+            )
+        return directory if chosen == "fp32" else directory / chosen
 
     @property
     def rows(self) -> int:

@@ -66,6 +66,7 @@ class Timings:
     step_count: int
     host: float  # Python: choosing, words, results
     total: float
+    queue: float = 0.0  # waiting to be admitted, see `Transcriber.submit`; not in `total`
 
     @property
     def rtf(self) -> float:

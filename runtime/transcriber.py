@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +28,7 @@ from das_asr.runtime.job import Job
 from das_asr.runtime.manifest import Manifest, check_files, read_manifest
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.results import Transcription
+from das_asr.runtime.scheduler import Request, Scheduler, SchedulerOptions, Stages
 from das_asr.runtime.selection import RULES
 from das_asr.runtime.tokenizer import Tokenizer
 from das_asr.runtime.transcript import Transcript
@@ -43,12 +48,15 @@ class Transcriber:
     Make one with `load`.
     """
 
-    def __init__(self, manifest: Manifest, directory: Path, backend: Backend) -> None:
+    def __init__(
+        self, manifest: Manifest, directory: Path, backend: Backend, scheduling: SchedulerOptions | None = None
+    ) -> None:
         self.manifest = manifest
         self._backend = backend
         self._adapters = AdapterSets(backend, manifest, directory)
         self._tokenizer = Tokenizer.from_file(directory / "tokenizer.json", manifest.tokens)
         self._features = LogMel(manifest.audio, manifest.dimensions.mels)
+        self._scheduler = Scheduler(backend, scheduling or SchedulerOptions())
         self._idle = threading.Condition()
         self._running = 0
         self._closed = self._freed = False
@@ -61,9 +69,11 @@ class Transcriber:
         threads: int | None = None,
         *,
         backend: str = "onnxruntime",
+        precision: str | None = None,
         spinning: bool = False,
         huge_pages: bool = True,
         verify_files: bool = True,
+        scheduling: SchedulerOptions | None = None,
     ) -> Transcriber:
         """Loads a bundle that `das-export` wrote.
 
@@ -72,9 +82,11 @@ class Transcriber:
             device: `cpu`, `cuda` or `cuda:N`.
             threads: threads of one run of a graph; None is all cores.
             backend: engine that runs the graphs.
+            precision: one that the bundle has; None is its default, see `Manifest.precisions`.
             spinning: see `BackendOptions`.
             huge_pages: see `BackendOptions`.
             verify_files: compare every file with its hash first.
+            scheduling: how `submit` puts requests together.
 
         Raises:
             BundleError: the bundle is incomplete, damaged or of another schema version.
@@ -90,7 +102,8 @@ class Transcriber:
             )
         if verify_files:
             check_files(manifest, directory)
-        return cls(manifest, directory, create_backend(backend, directory, manifest, options))
+        graphs = manifest.graphs(directory, precision)
+        return cls(manifest, directory, create_backend(backend, graphs, manifest, options), scheduling)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -140,6 +153,69 @@ class Transcriber:
             clock.lap("audio")
             return self._run(samples, chosen, clock)
 
+    def submit(
+        self,
+        audio: AudioInput,
+        options: DecodingOptions | None = None,
+        *,
+        sample_rate: int | None = None,
+        deadline: float | None = None,
+        **choices: Any,
+    ) -> Future[Transcription]:
+        """Queues one utterance for continuous batching: it joins the utterances that are being decoded.
+
+        Audio is read, and errors in it or in the options are raised, before this returns. Cancelling the future takes
+        the request out, also while it is decoded. CPU only.
+
+        Args:
+            audio: as for `transcribe`.
+            options: as for `transcribe`.
+            sample_rate: rate of an array of samples in Hz.
+            deadline: seconds from now; a request that is not complete by then fails with `DeadlineError`.
+            **choices: fields of `DecodingOptions`.
+
+        Returns:
+            The future of the transcription.
+
+        Raises:
+            QueueFullError: too many requests are waiting.
+            AudioError: as `transcribe`.
+            OptionError: as `transcribe`.
+            ClosedError: after `close`.
+        """
+        chosen = _options(options, choices)
+        if deadline is not None and not deadline > 0:
+            raise OptionError(f"deadline is {deadline}, expected seconds above 0, or None.")
+        with self._in_use():
+            ends = None if deadline is None else perf_counter() + deadline
+            clock = Clock()
+            rate = self.manifest.audio.sample_rate
+            samples = load_audio(audio, sample_rate, target_rate=rate)
+            check_duration(samples, self.manifest.audio)
+            clock.lap("audio")
+            adapters = self._adapters.get(chosen.adapters)
+            job = Job(self.manifest, self._tokenizer, adapters, chosen, 1)
+            duration = len(samples) / rate
+            if is_silent(samples):
+                silent: Future[Transcription] = Future()
+                silent.set_result(job.silence(duration, clock.stop(duration)))
+                return silent
+            features = self._features.batch([samples])[0]
+            clock.lap("features")
+
+            def finish(decoded: DecodedBatch, stages: Stages) -> Transcription:
+                clock.served(stages)
+                return job.result(job.transcript(decoded, 0), 0, duration, clock.stop(duration))
+
+            request = Request(features, adapters.loaded, job.plan(), job.prompts(), finish, ends)
+            return self._scheduler.submit(request)
+
+    async def transcribe_async(self, audio: AudioInput, *arguments: Any, **choices: Any) -> Transcription:
+        """`submit` for asyncio: reads the audio in a thread and awaits the result; same arguments and errors."""
+        submit = functools.partial(self.submit, audio, *arguments, **choices)
+        future = await asyncio.get_running_loop().run_in_executor(None, submit)
+        return await asyncio.wrap_future(future)
+
     def load_adapter(self, name: str, directory: str | Path) -> None:
         """Adds a PEFT LoRA checkpoint as a further row; requests that are running keep the rows they started with.
 
@@ -160,13 +236,14 @@ class Transcriber:
             self._adapters.remove(name)
 
     def close(self) -> None:
-        """Waits for running requests, then frees the graphs. Calling it again only waits."""
+        """Waits for running and queued requests, then frees the graphs. Calling it again only waits."""
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: self._running == 0)
             if self._freed:
                 return
             self._freed = True
+            self._scheduler.close()
             del self._adapters
             self._backend.close()
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from das_asr.runtime.errors import DataError, OptionError, TrainingError
+from das_asr.runtime.jsonl import Row, read_rows
 from das_asr.training.base import prepared
 from das_asr.training.base.augment import SILENCE, Augmentation, augmented, normalized
 from das_asr.training.base.batches import Example, collate, epoch_batches
@@ -29,7 +30,6 @@ from das_asr.training.base.recipe import BaseOptions, is_held_out, train_base
 from das_asr.training.base.snippets import Sources, natural_snippets, plain_words
 from das_asr.training.base.tokens import SPECIAL_TOKENS, prompt_ids, train_tokenizer
 from das_asr.training.base.voices import HELD_OUT_VARIANTS, HELD_OUT_VOICES, draw_take
-from das_asr.training.jsonl import Row, read_rows
 
 needs_voices = pytest.mark.skipif(
     not all(shutil.which(program) for program in ("espeak-ng", "flite", "festival")),

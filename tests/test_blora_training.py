@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_to_the_same_posterior(
 
 def test_a_large_beta_pulls_the_means_to_the_prior(first: BloraResult, make: Make) -> None:
     pulled = train_blora(make(posterior=PosteriorOptions(beta=1000.0)))
-    assert pulled.kl < 0.8 * first.kl
+    assert pulled.kl < 0.95 * first.kl
     assert np.abs(_largest_a(pulled.output)) < _largest_a(first.output)
 
 

@@ -482,7 +482,9 @@ def test_a_stopped_export_leaves_nothing(sources: Sources, tmp_path: Path, numbe
     ("changes", "message"),
     [
         ({"rule": "best"}, "--rule is 'best'"),
-        ({"precision": "int4"}, "--precision is 'int4'"),
+        ({"precisions": ("fp32", "int2")}, "--precision is 'int2'"),
+        ({"precisions": ("int8",)}, "expected distinct names with fp32"),
+        ({"eval_manifest": Path("x.jsonl")}, "--precision names only one"),
         ({"tau": 1.5}, "--tau is 1.5"),
         ({"tau": float("nan")}, "--tau is nan"),
         ({"revision": "main"}, "--revision main needs a hub id"),

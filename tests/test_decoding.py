@@ -540,7 +540,7 @@ def make_manifest(folder: Path, *, multilingual: bool = True) -> Manifest:
     tokens = make_tokenizer(folder, 1, None, True)
     special = special_tokens(folder / "tokenizer.json", generation_settings(tokens, multilingual, True), {})
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         base=BaseModel("scripted", None, "0"),
         dimensions=Dimensions(80, 50, 32, len(tokens), 8, 1, 1, 8, 1, 1, 8),
         audio=AudioFrontEnd(16000, 400, 160, 16000),

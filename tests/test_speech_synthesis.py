@@ -23,7 +23,8 @@ import soundfile
 from click.testing import CliRunner
 
 from das_asr.runtime.errors import DataError, OptionError, SynthesisError
-from das_asr.training.jsonl import Row, read_rows
+from das_asr.runtime.jsonl import Row, read_rows
+from das_asr.runtime.utterances import read_utterances
 from das_asr.training.speech import progress
 from das_asr.training.speech.casting import cast
 from das_asr.training.speech.cli import merge, speech
@@ -33,7 +34,6 @@ from das_asr.training.speech.noise import COLORS, add_noise
 from das_asr.training.speech.options import SpeechOptions
 from das_asr.training.speech.sentences import identified, read_sentences
 from das_asr.training.speech.synthesis import synthesize
-from das_asr.training.utterances import read_utterances
 
 needs_flite = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
 

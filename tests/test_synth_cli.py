@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from das_asr.runtime.errors import OptionError, SynthesisError
-from das_asr.training.jsonl import read_rows
+from das_asr.runtime.jsonl import read_rows
+from das_asr.runtime.utterances import read_utterances
 from das_asr.training.synth import main
 from das_asr.training.text.domain import load_domain
 from das_asr.training.text.filtering import FilterOptions, filter_speech
 from das_asr.training.text.generation import generate_text
 from das_asr.training.text.options import TextOptions
-from das_asr.training.utterances import read_utterances
 from tests.chat_server import Reply, serve
 
 PATIENCE = 120.0  # seconds that a subprocess may take to come so far

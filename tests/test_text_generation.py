@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from das_asr.runtime.errors import DataError, OptionError, SynthesisError
-from das_asr.training.jsonl import Row, read_rows
+from das_asr.runtime.jsonl import Row, read_rows
 from das_asr.training.text import sentence_file
 from das_asr.training.text.diversity import measure_diversity
 from das_asr.training.text.domain import Domain

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from das_asr.runtime.errors import SynthesisError
-from das_asr.training.jsonl import read_rows
+from das_asr.runtime.jsonl import read_rows
 from das_asr.training.text.chat import Answer, Failure
 from das_asr.training.text.domain import Domain
 from das_asr.training.text.endpoint import EndpointModel

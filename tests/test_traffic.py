@@ -145,7 +145,7 @@ class HostCache:
     """Wrong on purpose: the cache goes through the host between steps."""
 
     def __init__(self, inner: OnnxRuntimeBatch) -> None:
-        self._binding, self._cache = inner._binding, inner._cache
+        self._binding, self._cache = inner._binding, inner.cache
         self._kept: list[NDArray[np.float32]] | None = None
         self._next_ids: Any = None
         self.traffic: list[Traffic] = []

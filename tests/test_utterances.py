@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 from das_asr.runtime.errors import DataError
-from das_asr.training.jsonl import JsonLines, read_rows, write_rows
-from das_asr.training.utterances import METADATA, Utterance, read_utterances
+from das_asr.runtime.jsonl import JsonLines, read_rows, write_rows
+from das_asr.runtime.utterances import METADATA, Utterance, read_utterances
 
 
 def test_rows_come_back_in_order(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_every_appended_row_is_there_after_a_kill(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from das_asr.training.jsonl import JsonLines
+from das_asr.runtime.jsonl import JsonLines
 rows = JsonLines.open(Path({str(path)!r}))
 for number in range(100):
     rows.append({{"id": number}})

@@ -219,17 +219,26 @@ def test_the_wer_command_writes_everything(demo_bundle: Path, sets: tuple[Evalua
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(outputs.values())
     assert [system.name for system in read_report(tmp_path / "r.json").systems] == ["base", "DAS"]
-    assert "| DAS | 26.9 [" in (tmp_path / "r.md").read_text()
+    assert "| DAS | 7.7 [" in (tmp_path / "r.md").read_text()
     assert "Worst sentences of DAS" in (tmp_path / "w.html").read_text()
     assert "<svg" in (tmp_path / "r.svg").read_text()
 
 
 def test_the_tune_command(demo_bundle: Path, sets: tuple[EvaluationSet, ...], tmp_path: Path) -> None:
     arguments = ["tune", "--bundle", demo_bundle, "--test", sets[0].source, "--threads", "1", "--rule", "gain"]
-    arguments += ["--taus", "0.1", "--output", tmp_path / "t.json", "--figure", tmp_path / "t.png"]
+    arguments += [
+        "--taus",
+        "0.1",
+        "--switch-costs",
+        "0.5",
+        "--output",
+        tmp_path / "t.json",
+        "--figure",
+        tmp_path / "t.png",
+    ]
     done = CliRunner().invoke(main, [*map(str, arguments), "--apply"])
     assert done.exit_code == 0, done.output
-    assert done.stdout == "--rule hypothesis --score mean --switch-cost 1.0\n"
+    assert done.stdout == "--rule hypothesis --score root --switch-cost 0.5\n"
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "t.json").read_text())["kind"] == "tune"
 

@@ -41,8 +41,8 @@ class BackendOptions:
             raise OptionError(f"threads is {self.threads}, expected 1 to {_MOST_THREADS}, or None for all cores.")
 
 
-def create_backend(name: str, directory: Path, manifest: Manifest, options: BackendOptions) -> Backend:
-    """Loads a bundle's graphs.
+def create_backend(name: str, graphs: Path, manifest: Manifest, options: BackendOptions) -> Backend:
+    """Loads a bundle's graphs from the folder of a precision.
 
     Raises:
         OptionError: there is no backend of that name.
@@ -58,4 +58,4 @@ def create_backend(name: str, directory: Path, manifest: Manifest, options: Back
         raise BackendError(
             "ONNX Runtime is not installed. Install `das-asr[cpu]` or, for NVIDIA GPUs, `das-asr[gpu]`."
         ) from error
-    return OnnxRuntimeBackend(directory, manifest, options)
+    return OnnxRuntimeBackend(graphs, manifest, options)

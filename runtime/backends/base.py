@@ -1,4 +1,4 @@
-"""What every backend offers: four methods, and the batch being decoded.
+"""What every backend offers: five methods, the batch being decoded, and slots for continuous batching.
 
 A backend owns the compiled graphs of one bundle on one device. It is shared by threads, so it keeps no state of a
 request: that lives in what `encode` and `start` return.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from das_asr.runtime.adapters import Stack
 
-__all__ = ["Backend", "Control", "DecodingBatch", "Encoded", "LoadedStack", "Step", "Traffic"]
+__all__ = ["Backend", "Control", "DecodingBatch", "Encoded", "LoadedStack", "Slots", "Step", "Traffic"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,27 @@ class DecodingBatch(Protocol):
         ...
 
 
+class Slots(Protocol):
+    """Utterances of different age in the decoder; they join and leave between any two runs."""
+
+    @property
+    def count(self) -> int:
+        """Live utterances n; they have the places 0 .. n - 1."""
+        ...
+
+    def join(self, encoded: Encoded, control: Control, batch: DecodingBatch, length: int) -> None:
+        """Takes over an utterance whose prompt of `length` tokens was fed as a batch of one; it gets the last place."""
+        ...
+
+    def leave(self, place: int) -> None:
+        """Frees a place; the last utterance moves into it."""
+        ...
+
+    def run(self, ids: NDArray[np.int64], *, logits: bool = False) -> Step:
+        """Feeds one token to every row: ids int64 [n, R, 1], in the order of the places."""
+        ...
+
+
 class Backend(Protocol):
     """The compiled graphs of one bundle on one device."""
 
@@ -107,6 +128,14 @@ class Backend(Protocol):
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> DecodingBatch:
         """Binds everything that stays the same for all steps, with empty caches."""
+        ...
+
+    def open_slots(self, stack: LoadedStack, capacity: int) -> Slots:
+        """Makes room for `capacity` utterances that are decoded with one stack.
+
+        Raises:
+            BackendError: this device cannot do that.
+        """
         ...
 
     def close(self) -> None:

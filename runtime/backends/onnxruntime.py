@@ -17,12 +17,13 @@ from das_asr.runtime.adapters import Stack
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
 from das_asr.runtime.backends.huge_pages import HugePages
+from das_asr.runtime.backends.slots import SlotBuffers
 from das_asr.runtime.cache import GrowingCache
-from das_asr.runtime.contract import decoder_inputs, encoder_inputs, encoder_outputs
+from das_asr.runtime.contract import ALONE, cache_names, decoder_inputs, encoder_inputs, encoder_outputs
 from das_asr.runtime.errors import BackendError
-from das_asr.runtime.manifest import Manifest
+from das_asr.runtime.manifest import Dimensions, Manifest
 
-__all__ = ["Binding", "OnnxRuntimeBackend", "OnnxRuntimeBatch"]
+__all__ = ["Binding", "OnnxRuntimeBackend", "OnnxRuntimeBatch", "OnnxRuntimeSlots"]
 
 _ERRORS_ONLY = 3  # a level below warns about every overridable initializer at each load
 _LOAD_ERRORS = (
@@ -93,6 +94,7 @@ class OnnxRuntimeBackend:
         pages = HugePages() if options.huge_pages else None
         self._encoder = self._session(directory / "encoder.onnx", options)
         self._decoder = self._session(directory / "decoder.onnx", options)
+        self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
         if pages is not None:
             pages.advise()
 
@@ -105,12 +107,22 @@ class OnnxRuntimeBackend:
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
+        if self._alone and features.shape[0] > 1:
+            return self._joined([self.encode(features[index : index + 1], stack) for index in range(len(features))])
         binding = Binding(self._encoder, self._device, self._device_id)
         binding.feed("features", features)
         _connect(binding, stack.tensors, [spec.name for spec in encoder_inputs(self._dims)])
         names = [spec.name for spec in encoder_outputs(self._dims)]
         tensors, _ = binding.run(names, ())
         return Encoded(features.shape[0], dict(zip(names, tensors, strict=True)))
+
+    def _joined(self, parts: Sequence[Encoded]) -> Encoded:
+        """Utterances that were encoded one by one as a batch."""
+        tensors = {}
+        for name in parts[0].tensors:
+            whole = np.concatenate([part.tensors[name].numpy() for part in parts])
+            tensors[name] = _to_device(whole, self._device, self._device_id)
+        return Encoded(len(parts), tensors)
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> OnnxRuntimeBatch:
         """Binds cross-attention tensors, adapters and control values once for all steps of the batch."""
@@ -123,6 +135,17 @@ class OnnxRuntimeBackend:
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
         empty = _to_device(np.zeros(shape, np.float32), self._device, self._device_id)
         return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty))
+
+    def open_slots(self, stack: LoadedStack, capacity: int) -> OnnxRuntimeSlots:
+        """Slots in host memory; see `base.Backend`."""
+        if self._device != "cpu":
+            raise BackendError(
+                "Continuous batching (`submit`) runs on the CPU only with this backend. Load with device='cpu', or use "
+                "`transcribe_batch` on the GPU."
+            )
+        binding = Binding(self._decoder, self._device, self._device_id)
+        _connect(binding, stack.tensors, [spec.name for spec in decoder_inputs(self._dims)])
+        return OnnxRuntimeSlots(binding, self._dims, capacity)
 
     def close(self) -> None:
         """Frees both graphs and gives their memory back to the system."""
@@ -160,7 +183,7 @@ class OnnxRuntimeBatch:
     """B utterances in the decoder; see `base.DecodingBatch`."""
 
     def __init__(self, binding: Binding, cache: GrowingCache) -> None:
-        self._binding, self._cache = binding, cache
+        self._binding, self.cache = binding, cache
         self._next_ids: Any = None
         self.traffic: list[Traffic] = []
 
@@ -175,14 +198,62 @@ class OnnxRuntimeBatch:
             self._binding.feed("ids", ids)
         self._binding.feed("position", position)
         self._binding.feed("prompt_last", prompt_last)
-        for name, value in self._cache.inputs():
+        for name, value in self.cache.inputs():
             self._binding.connect(name, value)
         host_outputs = (*_STEP_OUTPUTS, "logits") if logits else _STEP_OUTPUTS
-        kept, fetched = self._binding.run((*self._cache.present_names, "next_ids"), host_outputs)
+        kept, fetched = self._binding.run((*self.cache.present_names, "next_ids"), host_outputs)
         self._next_ids = kept.pop()
-        self._cache.advance(kept)
+        self.cache.advance(kept)
         self.traffic.append(self._binding.take_traffic())
         return Step(*fetched)
+
+
+class OnnxRuntimeSlots:
+    """Utterances that join and leave between runs; see `base.Slots`."""
+
+    def __init__(self, binding: Binding, dims: Dimensions, capacity: int) -> None:
+        self._binding, self._buffers = binding, SlotBuffers(capacity)
+        self._pasts, self._presents = (list(names) for names in zip(*cache_names(dims), strict=True))
+        self._changed = False
+
+    @property
+    def count(self) -> int:
+        """Live utterances."""
+        return self._buffers.count
+
+    def join(self, encoded: Encoded, control: Control, batch: OnnxRuntimeBatch, length: int) -> None:
+        """Copies the utterance's tensors into the buffers."""
+        cross = {name: tensor.numpy() for name, tensor in encoded.tensors.items()}
+        self._buffers.join(cross, control, [value.numpy() for value in batch.cache.values], length)
+        self._changed = True
+
+    def leave(self, place: int) -> None:
+        """Moves the last utterance into the place."""
+        self._buffers.leave(place)
+        self._changed = True
+
+    def run(self, ids: NDArray[np.int64], *, logits: bool = False) -> Step:
+        """One token for every row of every live utterance."""
+        lengths = self._buffers.lengths
+        if self._changed:
+            self._bind()
+        self._binding.feed("ids", ids)
+        self._binding.feed("position", lengths)
+        self._binding.feed("prompt_last", lengths - 1)
+        host_outputs = (*_STEP_OUTPUTS, "logits") if logits else _STEP_OUTPUTS
+        kept, fetched = self._binding.run(self._presents, host_outputs)
+        self._buffers.advance([value.numpy() for value in kept])
+        for name, value in zip(self._pasts, kept, strict=True):
+            self._binding.connect(name, value)
+        return Step(*fetched)
+
+    def _bind(self) -> None:
+        """Binds everything whose number of utterances changed."""
+        buffers = self._buffers
+        arrays = {**buffers.cross(), **buffers.control().feeds(), **dict(zip(self._pasts, buffers.caches, strict=True))}
+        for name, array in arrays.items():
+            self._binding.place(name, array)
+        self._changed = False
 
 
 def _to_device(array: NDArray[Any], device: str, device_id: int) -> Any:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from das_asr.runtime.errors import DataError
+from das_asr.runtime.jsonl import Row, write_rows
 from das_asr.training.base.snippets import Sources, dictionary_words, natural_snippets
-from das_asr.training.jsonl import Row, write_rows
 from das_asr.training.text.grammar import load_grammar
 
 __all__ = ["DOMAIN_WORDS", "CorpusOptions", "make_corpus", "write_corpus"]

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from das_asr.runtime.errors import SynthesisError
 from das_asr.runtime.features import LogMel
+from das_asr.runtime.jsonl import Row, read_rows, write_rows
 from das_asr.runtime.manifest import AudioFrontEnd
 from das_asr.training.base.phonemes import phonemes
 from das_asr.training.base.voices import Take, draw_take
-from das_asr.training.jsonl import Row, read_rows, write_rows
 from das_asr.training.speech.engines import EngineFailure, create_engine, speak_16k
 
 __all__ = ["SHARD", "Prepared", "load_prepared", "prepare", "raw_features"]

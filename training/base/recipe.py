@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from das_asr.runtime.errors import OptionError, TrainingError
+from das_asr.runtime.jsonl import Row, read_rows
 from das_asr.training.base.corpus import CorpusOptions, write_corpus
 from das_asr.training.base.prepared import load_prepared, prepare
-from das_asr.training.jsonl import Row, read_rows
 
 if TYPE_CHECKING:
     from transformers import WhisperTokenizer

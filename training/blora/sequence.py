@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.errors import OptionError, TrainingError
+from das_asr.runtime.utterances import METADATA, read_utterances
 from das_asr.training.blora.options import BloraOptions
 from das_asr.training.blora.train import BloraResult, train_blora
 from das_asr.training.finetune.lineage import recipe_of
 from das_asr.training.finetune.processes import is_main_process
 from das_asr.training.finetune.workspace import check_output, work_folder
-from das_asr.training.utterances import METADATA, read_utterances
 
 __all__ = ["stage_folders", "train_sequence"]
 

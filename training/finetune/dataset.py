@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from das_asr.runtime.audio import check_duration, load_audio
 from das_asr.runtime.errors import AudioError, DataError
 from das_asr.runtime.features import LogMel
+from das_asr.runtime.utterances import Utterance, read_utterances
 from das_asr.training.finetune.base import Base
 from das_asr.training.finetune.feature_cache import FeatureCache, audio_sha256, pad_features, trim_features
 from das_asr.training.finetune.labels import IGNORED, encode, prefers_leading_space
 from das_asr.training.finetune.options import DataOptions
 from das_asr.training.finetune.processes import process_count, process_index
-from das_asr.training.utterances import Utterance, read_utterances
 
 __all__ = ["Example", "SpeechDataset", "TrainingData", "collate", "prepare_data"]
 

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from das_asr.runtime.utterances import METADATA
 from das_asr.training.finetune.base import Base
 from das_asr.training.finetune.dataset import TrainingData
 from das_asr.training.finetune.options import DataOptions, TrainOptions
 from das_asr.training.finetune.trainer import Trained
-from das_asr.training.utterances import METADATA
 
 __all__ = ["lineage_of", "recipe_of", "run_of"]
 

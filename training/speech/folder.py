@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from das_asr.runtime.errors import DataError, SynthesisError
-from das_asr.training.jsonl import JsonLines, Row, read_rows, write_rows
+from das_asr.runtime.jsonl import JsonLines, Row, read_rows, write_rows
+from das_asr.runtime.utterances import METADATA
 from das_asr.training.speech.options import SpeechOptions
 from das_asr.training.speech.recording import TEMPORARY, audio_name
-from das_asr.training.utterances import METADATA
 
 __all__ = ["FAILURES", "JOURNAL", "SETTINGS", "SpeechFolder", "check_folder", "read_settings"]
 

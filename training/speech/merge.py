@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.errors import SynthesisError
-from das_asr.training.jsonl import Row, read_rows, write_rows
+from das_asr.runtime.jsonl import Row, read_rows, write_rows
+from das_asr.runtime.utterances import METADATA
 from das_asr.training.speech.folder import FAILURES, JOURNAL, SETTINGS, read_settings
-from das_asr.training.utterances import METADATA
 
 __all__ = ["merge_shards"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import soundfile
 
 from das_asr.runtime.audio import MIN_SECONDS
-from das_asr.training.jsonl import Row
+from das_asr.runtime.jsonl import Row
 from das_asr.training.speech.casting import Delivery, cast
 from das_asr.training.speech.engines import SAMPLE_RATE, Engine, EngineFailure, Samples, Voice, resample_16k
 from das_asr.training.speech.noise import add_noise

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from das_asr.runtime.errors import DataError
-from das_asr.training.jsonl import Row, read_rows
+from das_asr.runtime.jsonl import Row, read_rows
 
 __all__ = ["identified", "in_shard", "read_sentences", "stable_hash"]
 

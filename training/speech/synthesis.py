@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from das_asr.runtime.errors import SynthesisError
-from das_asr.training.jsonl import Row
+from das_asr.runtime.jsonl import Row
 from das_asr.training.speech.engines import Engine, EngineFailure, Voice, create_engine
 from das_asr.training.speech.folder import FAILURES, SpeechFolder, check_folder
 from das_asr.training.speech.options import SpeechOptions

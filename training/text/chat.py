@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from das_asr.runtime.errors import SynthesisError
-from das_asr.training.jsonl import JsonLines
+from das_asr.runtime.jsonl import JsonLines
 from das_asr.training.text.prompt_file import Request
 
 __all__ = ["Answer", "Answers", "Asker", "ChatModel", "Failure", "Keep", "Reply"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from das_asr.training.jsonl import Row
+from das_asr.runtime.jsonl import Row
 from das_asr.training.text.evaluation_list import EvaluationList, ngram_overlap
 from das_asr.training.text.grammar import Grammar
 from das_asr.training.text.words import ngrams, words_of

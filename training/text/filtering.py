@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.errors import OptionError, SynthesisError
+from das_asr.runtime.jsonl import JsonLines, Row, write_rows
 from das_asr.runtime.manifest import read_manifest
+from das_asr.runtime.utterances import Utterance, read_utterances
 from das_asr.training.finetune.wer import normalise, word_error_rate
-from das_asr.training.jsonl import JsonLines, Row, write_rows
 from das_asr.training.text.progress import progress_bar
 from das_asr.training.text.spoken import spoken
-from das_asr.training.utterances import Utterance, read_utterances
 
 __all__ = ["FilterOptions", "FilterReport", "filter_speech"]
 

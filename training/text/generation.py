@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.errors import OptionError, SynthesisError
-from das_asr.training.jsonl import JsonLines, Row
+from das_asr.runtime.jsonl import JsonLines, Row
 from das_asr.training.text.candidate import Candidate, Source
 from das_asr.training.text.chat import Answers, Asker, ChatModel
 from das_asr.training.text.diversity import measure_diversity

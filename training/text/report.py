@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.errors import DataError
-from das_asr.training.jsonl import read_rows
+from das_asr.runtime.jsonl import read_rows
 from das_asr.training.text.diversity import Diversity, measure_diversity
 from das_asr.training.text.evaluation_list import EvaluationList
 from das_asr.training.text.grammar import Grammar

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from das_asr.runtime.errors import SynthesisError
-from das_asr.training.jsonl import JsonLines, Row
+from das_asr.runtime.jsonl import JsonLines, Row
 
 __all__ = ["SentenceFile", "beside", "write_json"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.errors import DataError
-from das_asr.training.jsonl import Row, read_rows
+from das_asr.runtime.jsonl import Row, read_rows
 
 __all__ = ["METADATA", "Utterance", "read_utterances"]
 
