@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from das_asr.benchmarks.models import SAMPLE_RATE, cache_root
+from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import MANIFEST_NAME, sha256_of
 
 __all__ = ["bundle_for"]
@@ -40,9 +41,13 @@ def bundle_for(
     folder.mkdir(parents=True, exist_ok=True)
     # One bundle of a kind: each is hundreds of megabytes, and an outdated one is never used again.
     for outdated in folder.glob(f"{prefix}*"):
-        shutil.rmtree(outdated)
+        shutil.rmtree(outdated, ignore_errors=True)
     log(f"exporting {len(adapters)} adapters of rank {rank}, kept in {folder}")
-    _export(checkpoint, adapters, bundle)
+    try:
+        _export(checkpoint, adapters, bundle)
+    except ExportError:
+        if not (bundle / MANIFEST_NAME).is_file():  # else another process was faster
+            raise
     return bundle
 
 

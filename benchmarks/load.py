@@ -256,11 +256,15 @@ def _arrive(server: _Server, asked: Sequence[_Asked], rate: float, seed: int) ->
         except QueueFullError:
             refused += 1
             continue
-        future.add_done_callback(lambda _, ended=ended: ended.append(time.perf_counter()))
+        future.add_done_callback(_noted(ended))
         pending.append((min(due, time.perf_counter()), ended, future))
     wait_for([future for _, _, future in pending])
     seconds = time.perf_counter() - began
     return [_served(start, ended, future.result()) for start, ended, future in pending], refused, seconds
+
+
+def _noted(ended: list[float]) -> Callable[[object], None]:
+    return lambda _: ended.append(time.perf_counter())
 
 
 def _served(start: float, ended: list[float], result: Transcription) -> _Served:

@@ -15,7 +15,7 @@ from das_asr.benchmarks.systems import Work
 from das_asr.benchmarks.timing import Utterance
 from das_asr.runtime import DecodingOptions, Transcriber, Transcription
 from das_asr.runtime.backends import BackendOptions, create_backend
-from das_asr.runtime.backends.base import Backend, Control, DecodingBatch, Encoded, LoadedStack, Step
+from das_asr.runtime.backends.base import Backend, Control, DecodingBatch, Encoded, LoadedStack, Slots, Step
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import read_manifest
 
@@ -57,6 +57,10 @@ class TimedBackend:
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> DecodingBatch:
         """See `Backend`."""
         return _TimedBatch(self._inner.start(encoded, stack, control), self)
+
+    def open_slots(self, stack: LoadedStack, capacity: int) -> Slots:
+        """See `Backend`; not measured here."""
+        return self._inner.open_slots(stack, capacity)
 
     def close(self) -> None:
         """See `Backend`."""

@@ -29,6 +29,10 @@ DEV_VOICES := --voice en-us+f2 --voice en-us+m3 --voice en-gb+f4 --voice en-us+k
 
 .PHONY: tables adapters blora
 .SECONDARY:
+# What the commands write appears whole: a stopped run must not take it for half-made.
+.PRECIOUS: $(T)/speech/%/metadata.jsonl $(T)/adapters/%/adapter_config.json $(T)/full/%/config.json \
+	$(T)/full-encoder/%/config.json $(T)/blora/beta-%/stage-3-sports/adapter_config.json \
+	$(T)/multi-lora/adapter_config.json $(T)/multi-full/config.json $(T)/bundle/manifest.json $(T)/bundle-ten/manifest.json
 
 tables: $(T)/tables.md
 

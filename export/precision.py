@@ -108,7 +108,8 @@ def _write_decoder(source: Path, target: Path, bits: int) -> None:
             op_types_to_quantize=("MatMul",),
         )
         tool.process()
-        result: onnx.ModelProto = tool.model.model
+        wrapped: Any = tool.model
+        result: onnx.ModelProto = wrapped.model
         return result
 
     fed = _products_of_inputs(original)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +103,7 @@ def _decode(
 ) -> tuple[list[tuple[int, ...]], int]:
     """(tokens of every row of every sample, wrong words of the speech)."""
     with Transcriber.load(bundle, precision=precision, verify_files=False) as transcriber:
-        options = {
+        options: dict[str, Any] = {
             "rule": "hypothesis",
             "language": next(iter(manifest.tokens.languages), None),
             "no_speech_threshold": None,

@@ -110,7 +110,8 @@ class Request:
     def ids(self) -> NDArray[np.int64]:
         """The token [R, 1] that each row is fed next."""
         assert self._writing is not None
-        return self._writing.written[0][:, None]
+        ids: NDArray[np.int64] = self._writing.written[0][:, None]
+        return ids
 
     def complete(self) -> None:
         """Gives the future its result."""

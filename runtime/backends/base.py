@@ -102,8 +102,11 @@ class Slots(Protocol):
         """Live utterances n; they have the places 0 .. n - 1."""
         ...
 
-    def join(self, encoded: Encoded, control: Control, batch: DecodingBatch, length: int) -> None:
-        """Takes over an utterance whose prompt of `length` tokens was fed as a batch of one; it gets the last place."""
+    def join(self, encoded: Encoded, control: Control, batch: Any, length: int) -> None:
+        """Takes over an utterance whose prompt of `length` tokens was fed as a `batch` of one; it gets the last place.
+
+        `batch` is what `start` of the same backend returned.
+        """
         ...
 
     def leave(self, place: int) -> None:
