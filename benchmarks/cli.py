@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from das_asr.benchmarks.output import check_folders, write_whole
-from das_asr.benchmarks.wer_cli import forgetting_command, tables_command, tune_command, wer_command
+from das_asr.benchmarks.wer_cli import forgetting_command, numbers, tables_command, tune_command, wer_command
 from das_asr.runtime.console import Group
 
 __all__ = ["main"]
@@ -96,19 +96,11 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
         click.echo(render_report(data), nl=False)
 
 
-def _shares(_: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-    """`0.5,4` -> (0.5, 4.0)."""
-    try:
-        return tuple(float(item) for item in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.5,0.7,4.", param=parameter) from None
-
-
 @main.command()
 @click.option("--bundle", "-b", required=True, type=FILE, help="What `das-export` wrote.")
 @click.option("--audio", multiple=True, required=True, type=FILE, help="File or folder of clips; repeatable.")
 @click.option("--requests", default=100, show_default=True, help="Of each measurement.")
-@click.option("--rates", default="0.5,0.7,0.9,4", show_default=True, callback=_shares, help="Shares of the capacity.")
+@click.option("--rates", default="0.5,0.7,0.9,4", show_default=True, help="Shares of the capacity.")
 @click.option("--patterns", default="all", show_default=True, help="Which adapters: all, same, uniform, zipf; a list.")
 @click.option("--max-batch", default=8, show_default=True, help="Utterances decoded together.")
 @click.option("--max-queue", default=64, show_default=True, help="Requests that may wait.")
@@ -116,13 +108,13 @@ def _shares(_: click.Context, parameter: click.Parameter, value: str) -> tuple[f
 @click.option("--precision", help="Of the bundle; by default its first.")
 @click.option("--seed", default=0, show_default=True, help="Of arrivals, clips and adapters.")
 @click.option("--output", "-o", required=True, type=OUTPUT, help="JSON file to write.")
-def load(audio: tuple[Path, ...], patterns: str, output: Path, **options: Any) -> None:
+def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **options: Any) -> None:
     """Throughput and latency under Poisson arrivals: continuous batching, static batches, one at a time."""
     from das_asr.benchmarks.load import LoadOptions, measure_load, render_load
     from das_asr.benchmarks.machine import describe_machine, describe_run
 
     check_folders(output=output)
-    chosen = LoadOptions(audio=audio, patterns=tuple(patterns.split(",")), **options)
+    chosen = LoadOptions(audio=audio, rates=numbers("rates", rates), patterns=tuple(patterns.split(",")), **options)
     before = {"kind": "load", "schema": 1, **describe_run(), "machine": describe_machine()}
     result = {**before, **measure_load(chosen, lambda text: click.echo(text, err=True))}
     write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,10 +104,9 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
         OptionError: there is no audio.
         BundleError: the bundle cannot be used.
     """
-    limits = SchedulerOptions(max_batch=options.max_batch, max_queue=max(options.max_queue, options.requests))
     runs: list[dict[str, Any]] = []
     for pattern in options.patterns:
-        with _loaded(options, limits) as transcriber:
+        with _load(options, max(options.max_queue, options.requests)) as transcriber:
             asked = _requests(options, transcriber, pattern)
             for name in SERVERS:  # each once without being counted: pages and buffers come with the first requests
                 with _server(name, transcriber, options) as server:
@@ -114,26 +114,19 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
             for name in SERVERS:
                 runs.append(_row(name, pattern, None, *_measured(name, transcriber, options, asked, None)))
                 say(f"{pattern}, {name}: {runs[-1]['requests_per_second']:.1f} requests/s at most")
-            capacity = next(
-                run["requests_per_second"] for run in runs if (run["server"], run["pattern"]) == ("continuous", pattern)
-            )
-        for rate in options.rates:
-            for name in SERVERS:
-                bounded = SchedulerOptions(max_batch=options.max_batch, max_queue=options.max_queue)
-                with _loaded(options, bounded) as transcriber:
-                    found = _measured(name, transcriber, options, asked, rate * capacity)
+        capacity = runs[-len(SERVERS)]["requests_per_second"]  # of the first server, `continuous`
+        with _load(options, options.max_queue) as transcriber:
+            for rate, name in product(options.rates, SERVERS):
+                found = _measured(name, transcriber, options, asked, rate * capacity)
                 runs.append(_row(name, pattern, rate, *found))
                 say(f"{pattern}, {name} at {rate:g} of the capacity: p95 {runs[-1]['latency']['p95']:.3f} s")
     plain = {**asdict(options), "bundle": str(options.bundle), "audio": list(map(str, options.audio))}
     return {"options": plain, "runs": runs}
 
 
-@contextmanager
-def _loaded(options: LoadOptions, limits: SchedulerOptions) -> Iterator[Transcriber]:
-    with Transcriber.load(
-        options.bundle, threads=options.threads, precision=options.precision, scheduling=limits
-    ) as transcriber:
-        yield transcriber
+def _load(options: LoadOptions, max_queue: int) -> Transcriber:
+    scheduling = SchedulerOptions(max_batch=options.max_batch, max_queue=max_queue)
+    return Transcriber.load(options.bundle, threads=options.threads, precision=options.precision, scheduling=scheduling)
 
 
 def _requests(options: LoadOptions, transcriber: Transcriber, pattern: str) -> list[_Asked]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from das_asr.benchmarks.tables import table_ii, table_iv, table_v
-from das_asr.benchmarks.wer_report import about_text, change_cell, markdown_table, percent, rate_cell, wording_text
+from das_asr.benchmarks.wer_report import change_cell, facts, markdown_table, percent, rate_cell, set_sizes
 from das_asr.benchmarks.wer_result import WerReport
 from das_asr.benchmarks.wer_stats import WerStatistics
 from das_asr.benchmarks.wer_systems import ORACLE, OWN
@@ -106,6 +106,4 @@ def _rows(report: WerReport, domains: Sequence[str], joint: Sequence[str]) -> di
 
 
 def _caption(report: WerReport) -> str:
-    sizes = ", ".join(f"{name} {len(found)} / {report.words(name).sum()}" for name, found in report.sets.items())
-    parts = [f"WER in %; sets (utterances / words): {sizes}", wording_text(report.wording), about_text(report)]
-    return "; ".join(filter(None, parts)) + "."
+    return f"WER in %; sets (utterances / words): {set_sizes(report)}; {facts(report)}."

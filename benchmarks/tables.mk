@@ -10,6 +10,7 @@ T := build/tables
 BASE ?= benchmarks/demo/base
 MAIN := music weather sports
 MORE := cooking travel news shopping health navigation smart_home
+LAST := stage-$(words $(MAIN))-$(lastword $(MAIN))
 JUDGED := $(MAIN) general
 JUDGED_own := held-out
 SENTENCES := benchmarks/sentences
@@ -21,7 +22,8 @@ TRAIN := OMP_NUM_THREADS=1 $(BIN)/das-train
 TINY := --recipe tiny --precision bfloat16 --threads 1 --no-progress --cache $(T)/features
 LORA := $(TINY) --epochs 4
 FULL := $(TINY) --epochs 2 --save-dtype float16
-WER := $(BIN)/das-bench wer --wake-word olly --wake-word "hey olly" --threads 2
+JUDGING := --wake-word olly --wake-word "hey olly" --threads 2
+WER := $(BIN)/das-bench wer $(JUDGING)
 
 # The voices that no training hears; see training/base/voices.py.
 UNHEARD := --voice en-us+linda --voice en-us+f5 --voice en-us+m7 --voice en-us+klatt3 --voice en-us+steph3
@@ -31,7 +33,7 @@ DEV_VOICES := --voice en-us+f2 --voice en-us+m3 --voice en-gb+f4 --voice en-us+k
 .SECONDARY:
 # What the commands write appears whole: a stopped run must not take it for half-made.
 .PRECIOUS: $(T)/speech/%/metadata.jsonl $(T)/adapters/%/adapter_config.json $(T)/full/%/config.json \
-	$(T)/full-encoder/%/config.json $(T)/blora/beta-%/stage-3-sports/adapter_config.json \
+	$(T)/full-encoder/%/config.json $(T)/blora/beta-%/$(LAST)/adapter_config.json \
 	$(T)/multi-lora/adapter_config.json $(T)/multi-full/config.json $(T)/bundle/manifest.json $(T)/bundle-ten/manifest.json
 
 tables: $(T)/tables.md
@@ -123,7 +125,7 @@ $(foreach kind,own/espeak own/slt eval/espeak eval/slt,$(eval $(call judged,$(ki
 
 # The joint rule and its settings, chosen on sentences and voices that nothing is judged on.
 $(T)/tune.json: $(T)/bundle/manifest.json $(foreach voice,espeak awb,$(foreach name,$(JUDGED),$(T)/sets/dev/$(voice)/$(name)/metadata.jsonl))
-	$(BIN)/das-bench tune --bundle $(T)/bundle --threads 2 --taus 0.025,0.1 --wake-word olly --wake-word "hey olly" \
+	$(BIN)/das-bench tune --bundle $(T)/bundle $(JUDGING) --taus 0.025,0.1 \
 		$(foreach voice,espeak awb,$(foreach name,$(JUDGED),--test $(name)-$(voice)=$(T)/sets/dev/$(voice)/$(name))) \
 		--retain general-espeak --retain general-awb --output $@ --figure $(@:.json=.png) >$(@:.json=.md)
 
@@ -137,7 +139,6 @@ BETAS := 0.03 0.1 0.3
 CHAINS := lora $(BETAS:%=beta-%)
 FEW := 1000
 CHAIN := $(foreach name,$(MAIN),$(name)=$(T)/speech/$(name)/few.jsonl)
-LAST := stage-$(words $(MAIN))-$(lastword $(MAIN))
 # Long enough for the prior to bring what is not needed from its initial +-0.07 to zero.
 BLORA := $(TINY) --epochs 6 --lr 1e-3
 

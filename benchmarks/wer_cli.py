@@ -13,7 +13,7 @@ from das_asr.benchmarks.output import check_folders, write_whole
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["forgetting_command", "tables_command", "tune_command", "wer_command"]
+__all__ = ["forgetting_command", "numbers", "tables_command", "tune_command", "wer_command"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -152,7 +152,7 @@ def tune_command(
     check_folders(output=output, figure=figure)
     check_picture(figure, "--figure")
     lists = {"taus": taus, "switch_costs": switch_costs}
-    grid: dict[str, Any] = {name: _numbers(name, text) for name, text in lists.items() if text is not None}
+    grid: dict[str, Any] = {name: numbers(name, text) for name, text in lists.items() if text is not None}
     if rules:
         grid["rules"] = () if rules == ("none",) else rules
     chosen = TuneOptions(
@@ -211,7 +211,7 @@ def forgetting_command(
 ) -> None:
     """BLoRA's measures from a result of `das-bench wer`: what adapters learned, forgot, and how sparse they are."""
     from das_asr.benchmarks.tables import forgetting_table
-    from das_asr.benchmarks.wer_report import about_text, wording_text
+    from das_asr.benchmarks.wer_report import facts
     from das_asr.benchmarks.wer_result import read_report
     from das_asr.benchmarks.wer_stats import WerStatistics
     from das_asr.training.blora.sparsity import measure_sparsity
@@ -220,8 +220,7 @@ def forgetting_command(
     found = read_report(report)
     small = {name: measure_sparsity(folder) for name, folder in adapters}
     table = forgetting_table(WerStatistics(found), small, learned, retained)
-    facts = "; ".join(filter(None, [wording_text(found.wording), about_text(found)]))
-    write_whole(output, f"## {title}\n\nWER and F in %; {facts}.\n\n{table}\n")
+    write_whole(output, f"## {title}\n\nWER and F in %; {facts(found)}.\n\n{table}\n")
 
 
 def _shared(options: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +236,12 @@ def _shared(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _numbers(name: str, text: str) -> tuple[float, ...]:
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """`0.5,4` -> (0.5, 4.0), for the option `--name`.
+
+    Raises:
+        OptionError: the text is no list of numbers.
+    """
     try:
         return tuple(float(item) for item in text.split(","))
     except ValueError:

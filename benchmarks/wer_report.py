@@ -12,12 +12,13 @@ from das_asr.benchmarks.wordcounts import KINDS
 
 __all__ = [
     "SIGNIFICANT",
-    "about_text",
     "change_cell",
+    "facts",
     "markdown_table",
     "percent",
     "rate_cell",
     "render_wer",
+    "set_sizes",
     "wording_text",
 ]
 
@@ -78,8 +79,17 @@ def wording_text(wording: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def about_text(report: WerReport) -> str:
-    """Machine, versions, commit and date, as far as they are known."""
+def set_sizes(report: WerReport) -> str:
+    """`music 225 / 1702, ...`: utterances and words of every set."""
+    return ", ".join(f"{name} {len(found)} / {report.words(name).sum()}" for name, found in report.sets.items())
+
+
+def facts(report: WerReport) -> str:
+    """How texts were compared, then machine, versions, commit and date as far as they are known."""
+    return "; ".join(filter(None, [wording_text(report.wording), _origin(report)]))
+
+
+def _origin(report: WerReport) -> str:
     about = report.about
     machine, versions = about.get("machine") or {}, about.get("versions") or {}
     parts = [str(machine.get("processor") or "")]
@@ -99,9 +109,7 @@ def _bounds(interval: Interval, show: Any) -> str:
 
 
 def _caption(report: WerReport) -> str:
-    sizes = [f"{name} {len(found)} / {report.words(name).sum()}" for name, found in report.sets.items()]
-    parts = [f"Sets (utterances / words): {', '.join(sizes)}", wording_text(report.wording), about_text(report)]
-    return "; ".join(filter(None, parts)) + "."
+    return f"Sets (utterances / words): {set_sizes(report)}; {facts(report)}."
 
 
 def _rates(statistics: WerStatistics) -> str:

@@ -176,7 +176,7 @@ class Writing:
 
     def next_ids(self) -> NDArray[np.int64] | None:
         """Ids [B, R, 1] to feed when the host has chosen; None leaves it to the graph's own binding."""
-        return None if self._plan.host_rule is None else self._written[-1][:, :, None]
+        return None if self._plan.host_rule is None else self.written[:, :, None]
 
     def finish(self, prefill_seconds: float, step_seconds: tuple[float, ...]) -> DecodedBatch:
         """All steps as arrays, and where each row's text ends in them."""

@@ -147,7 +147,7 @@ class Scheduler:
             if self._closing:
                 raise ClosedError("This Transcriber is closed. Load the bundle again.")
             if len(self._queue) >= self._options.max_queue:
-                self._queue = deque(waiting for waiting in self._queue if not waiting.gone())
+                self._drop_gone()
             if len(self._queue) >= self._options.max_queue:
                 raise QueueFullError(
                     f"{len(self._queue)} requests are waiting, and max_queue is {self._options.max_queue}. Try again "
@@ -192,7 +192,7 @@ class Scheduler:
     def _admit(self, lanes: dict[int, _Lane]) -> None:
         """Gives the oldest request that somebody waits for a place in its lane."""
         with self._changed:
-            self._queue = deque(waiting for waiting in self._queue if not waiting.gone())
+            self._drop_gone()
             if not self._queue:
                 return
             request = self._queue.popleft()
@@ -200,6 +200,9 @@ class Scheduler:
         if lane is None:
             lane = lanes[id(request.stack)] = _Lane(self._backend, request.stack, self._options.max_batch)
         lane.admit(request)
+
+    def _drop_gone(self) -> None:
+        self._queue = deque(waiting for waiting in self._queue if not waiting.gone())
 
     def _break(self, error: BaseException, lanes: dict[int, _Lane]) -> None:
         """Nobody must wait for a thread that is gone."""

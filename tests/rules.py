@@ -1,4 +1,4 @@
-"""Selection rules that tests plug in."""
+"""Selection rules that tests plug in, and choices of options that differ."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import threading
 from typing import Any
 
 from das_asr.runtime import StepCandidates
+
+CHOICES: list[dict[str, Any]] = [
+    {"rule": "hypothesis"},
+    {"rule": "paper", "tau": 0.05},
+    {"rule": "gain", "adapters": ("sports", "music")},
+    {"rule": "hypothesis", "adapters": ("weather",), "score": "total"},
+    {"rule": "base", "max_tokens": 4},
+    {"rule": "deviation-max", "prompt": "bruno mars", "no_speech_threshold": None},
+]
+"""Options of requests that differ in rule, adapters and more."""
 
 
 class Gate:

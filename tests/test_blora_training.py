@@ -169,10 +169,14 @@ def test_a_killed_run_goes_on_to_the_same_posterior(
     assert not _differences(result.output, first.output)
 
 
-def test_a_large_beta_pulls_the_means_to_the_prior(first: BloraResult, make: Make) -> None:
-    pulled = train_blora(make(posterior=PosteriorOptions(beta=1000.0)))
-    assert pulled.kl < 0.95 * first.kl
-    assert np.abs(_largest_a(pulled.output)) < _largest_a(first.output)
+def test_a_large_beta_pulls_the_means_to_the_prior(make: Make) -> None:
+    def longer(beta: float) -> BloraResult:
+        options = make(posterior=PosteriorOptions(beta=beta))
+        return train_blora(replace(options, train=replace(options.train, epochs=6)))
+
+    pulled, usual = longer(1000.0), longer(PosteriorOptions().beta)
+    assert pulled.kl < 0.8 * usual.kl
+    assert np.abs(_largest_a(pulled.output)) < _largest_a(usual.output)
 
 
 def _largest_a(adapter: Path) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from das_asr.runtime import ClosedError, StepCandidates, Transcriber, Transcription
-from tests.rules import Gate
+from tests.rules import CHOICES, Gate
 
 THREADS = 8
 Clips = list[tuple[Path, str, str]]
@@ -31,15 +31,7 @@ def said(result: Transcription) -> dict[str, Any]:
 
 def requests(demo_audio: Clips) -> list[tuple[Path, dict[str, Any]]]:
     """Requests that differ in audio, rule, adapters and options."""
-    choices: list[dict[str, Any]] = [
-        {"rule": "hypothesis"},
-        {"rule": "paper", "tau": 0.05},
-        {"rule": "gain", "adapters": ("sports", "music")},
-        {"rule": "hypothesis", "adapters": ("weather",), "score": "total"},
-        {"rule": "base", "max_tokens": 4},
-        {"rule": "deviation-max", "prompt": "bruno mars", "no_speech_threshold": None},
-    ]
-    return [(demo_audio[index][0], choice) for index, choice in enumerate(choices * 2)]
+    return [(demo_audio[index][0], choice) for index, choice in enumerate(CHOICES * 2)]
 
 
 def test_eight_threads_get_what_one_thread_gets(demo: Transcriber, demo_audio: Clips) -> None:

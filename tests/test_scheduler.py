@@ -29,19 +29,11 @@ from das_asr.runtime import (
 from das_asr.runtime import scheduler as scheduler_module
 from das_asr.runtime.backends.base import Control
 from das_asr.runtime.backends.slots import SlotBuffers
-from tests.rules import Gate
+from tests.rules import CHOICES, Gate
 
 Clips = list[tuple[Path, str, str]]
 
-CHOICES: list[dict[str, Any]] = [
-    {"rule": "hypothesis"},
-    {"rule": "paper", "tau": 0.05},
-    {"rule": "gain", "adapters": ("sports", "music")},
-    {"rule": "hypothesis", "adapters": ("weather",), "score": "total"},
-    {"rule": "base", "max_tokens": 4},
-    {"rule": "deviation-max", "prompt": "bruno mars", "no_speech_threshold": None},
-    {"rule": "hypothesis", "score": "root", "switch_cost": 0.5},
-]
+WORK: list[dict[str, Any]] = [*CHOICES, {"rule": "hypothesis", "score": "root", "switch_cost": 0.5}]
 
 
 def load(bundle: Path, **options: int) -> Transcriber:
@@ -66,7 +58,7 @@ def check_same(together: Transcription, alone: Transcription) -> None:
 
 
 def test_requests_get_what_they_get_alone(demo: Transcriber, demo_audio: Clips) -> None:
-    work = [(path, CHOICES[index % len(CHOICES)]) for index, (path, _, _) in enumerate(demo_audio * 2)]
+    work = [(path, WORK[index % len(WORK)]) for index, (path, _, _) in enumerate(demo_audio * 2)]
     random.Random(0).shuffle(work)
     alone = [demo.transcribe(path, **choice) for path, choice in work]
     futures = []

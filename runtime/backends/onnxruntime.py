@@ -77,6 +77,11 @@ class Binding:
         self.traffic.to_host.update((name, array.nbytes) for name, array in zip(host_outputs, fetched, strict=True))
         return outputs[: len(device_outputs)], fetched
 
+    def step(self, device_outputs: Sequence[str], *, logits: bool) -> tuple[list[Any], Step]:
+        """Runs the decoder: (tensors that stay on the device, what the host is told)."""
+        kept, fetched = self.run(device_outputs, (*_STEP_OUTPUTS, "logits") if logits else _STEP_OUTPUTS)
+        return kept, Step(*fetched)
+
     def take_traffic(self) -> Traffic:
         """What crossed since the last call."""
         traffic, self.traffic = self.traffic, Traffic()
@@ -200,12 +205,11 @@ class OnnxRuntimeBatch:
         self._binding.feed("prompt_last", prompt_last)
         for name, value in self.cache.inputs():
             self._binding.connect(name, value)
-        host_outputs = (*_STEP_OUTPUTS, "logits") if logits else _STEP_OUTPUTS
-        kept, fetched = self._binding.run((*self.cache.present_names, "next_ids"), host_outputs)
+        kept, step = self._binding.step((*self.cache.present_names, "next_ids"), logits=logits)
         self._next_ids = kept.pop()
         self.cache.advance(kept)
         self.traffic.append(self._binding.take_traffic())
-        return Step(*fetched)
+        return step
 
 
 class OnnxRuntimeSlots:
@@ -240,12 +244,11 @@ class OnnxRuntimeSlots:
         self._binding.feed("ids", ids)
         self._binding.feed("position", lengths)
         self._binding.feed("prompt_last", lengths - 1)
-        host_outputs = (*_STEP_OUTPUTS, "logits") if logits else _STEP_OUTPUTS
-        kept, fetched = self._binding.run(self._presents, host_outputs)
+        kept, step = self._binding.step(self._presents, logits=logits)
         self._buffers.advance([value.numpy() for value in kept])
         for name, value in zip(self._pasts, kept, strict=True):
             self._binding.connect(name, value)
-        return Step(*fetched)
+        return step
 
     def _bind(self) -> None:
         """Binds everything whose number of utterances changed."""
