@@ -72,6 +72,8 @@ class Transcriber:
         precision: str | None = None,
         spinning: bool = False,
         huge_pages: bool = True,
+        allow_cpu_nodes: bool = False,
+        cuda_graphs: bool = False,
         verify_files: bool = True,
         scheduling: SchedulerOptions | None = None,
     ) -> Transcriber:
@@ -81,10 +83,13 @@ class Transcriber:
             bundle: its folder.
             device: `cpu`, `cuda` or `cuda:N`.
             threads: threads of one run of a graph; None is all cores.
-            backend: engine that runs the graphs.
+            backend: engine that runs the graphs: `onnxruntime`; on a GPU also `ort-tensorrt` (ONNX Runtime with its
+                TensorRT provider) and `tensorrt` (engines that `das-export engine` built).
             precision: one that the bundle has; None is its default, see `Manifest.precisions`.
             spinning: see `BackendOptions`.
             huge_pages: see `BackendOptions`.
+            allow_cpu_nodes: see `BackendOptions`.
+            cuda_graphs: see `BackendOptions`.
             verify_files: compare every file with its hash first.
             scheduling: how `submit` puts requests together.
 
@@ -94,7 +99,7 @@ class Transcriber:
             OptionError: an argument is out of range.
         """
         directory = Path(bundle)
-        options = BackendOptions(device, threads, spinning, huge_pages)
+        options = BackendOptions(device, threads, spinning, huge_pages, allow_cpu_nodes, cuda_graphs)
         manifest = read_manifest(directory)
         if manifest.rule not in RULES:
             raise BundleError(
@@ -102,8 +107,8 @@ class Transcriber:
             )
         if verify_files:
             check_files(manifest, directory)
-        graphs = manifest.graphs(directory, precision)
-        return cls(manifest, directory, create_backend(backend, graphs, manifest, options), scheduling)
+        engine = create_backend(backend, directory, manifest, options, precision)
+        return cls(manifest, directory, engine, scheduling)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -165,7 +170,7 @@ class Transcriber:
         """Queues one utterance for continuous batching: it joins the utterances that are being decoded.
 
         Audio is read, and errors in it or in the options are raised, before this returns. Cancelling the future takes
-        the request out, also while it is decoded. CPU only.
+        the request out, also while it is decoded.
 
         Args:
             audio: as for `transcribe`.

@@ -11,7 +11,18 @@ from das_asr.runtime.manifest import Manifest
 
 __all__ = ["BACKENDS", "BackendOptions", "create_backend"]
 
-BACKENDS = ("onnxruntime",)
+_PACKAGES = {
+    "onnxruntime": "ONNX Runtime",
+    "cuda": "cuda-bindings",
+    "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT for RTX",
+}
+_REMEDY = {
+    "onnxruntime": "Install `das-asr[cpu]` or, for NVIDIA GPUs, `das-asr[gpu]`.",
+    "ort-tensorrt": "Install `das-asr[gpu,tensorrt]`.",
+    "tensorrt": "Install `das-asr[tensorrt]` or `das-asr[tensorrt-rtx]`.",
+}
+BACKENDS = ("onnxruntime", "ort-tensorrt", "tensorrt")
 _MOST_THREADS = 1024  # each graph starts as many; a slip of the finger must not use up the machine's processes
 
 
@@ -26,12 +37,16 @@ class BackendOptions:
             ruinous on a busy one, so it is off unless asked for. Without effect on one thread.
         huge_pages: ask Linux to keep the weights in pages of 2 MB, see `huge_pages.py`; costs a fraction of a second
             at loading.
+        allow_cpu_nodes: on a GPU, accept that the engine runs nodes on the CPU.
+        cuda_graphs: on a GPU, record each step once and have the GPU repeat it at one call.
     """
 
     device: str = "cpu"
     threads: int | None = None
     spinning: bool = False
     huge_pages: bool = True
+    allow_cpu_nodes: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         kind, _, index = self.device.partition(":")
@@ -40,22 +55,47 @@ class BackendOptions:
         if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
             raise OptionError(f"threads is {self.threads}, expected 1 to {_MOST_THREADS}, or None for all cores.")
 
+    @property
+    def kind(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.device.partition(":")[0]
 
-def create_backend(name: str, graphs: Path, manifest: Manifest, options: BackendOptions) -> Backend:
-    """Loads a bundle's graphs from the folder of a precision.
+    @property
+    def device_id(self) -> int:
+        """Which of several."""
+        return int(self.device.partition(":")[2] or 0)
+
+
+def create_backend(
+    name: str, directory: Path, manifest: Manifest, options: BackendOptions, precision: str | None = None
+) -> Backend:
+    """Loads a bundle's graphs, or its engines, of one precision.
 
     Raises:
-        OptionError: there is no backend of that name.
-        BackendError: its package is missing, or the device cannot be had.
+        OptionError: there is no backend of that name, the bundle lacks the precision, or options contradict each other.
+        BackendError: a package is missing, or the device cannot be had.
+        BundleError: the bundle lacks what this backend runs.
     """
     if name not in BACKENDS:
         raise OptionError(f"backend is {name!r}, expected one of: {', '.join(BACKENDS)}.")
+    if name != "onnxruntime" and options.kind != "cuda":
+        raise OptionError(f"backend={name!r} runs on GPUs only, device is {options.device!r}. Give device='cuda'.")
     try:
-        from das_asr.runtime.backends.onnxruntime import OnnxRuntimeBackend
+        return _create(name, directory, manifest, options, precision)
     except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _PACKAGES:
             raise
-        raise BackendError(
-            "ONNX Runtime is not installed. Install `das-asr[cpu]` or, for NVIDIA GPUs, `das-asr[gpu]`."
-        ) from error
-    return OnnxRuntimeBackend(graphs, manifest, options)
+        raise BackendError(f"{_PACKAGES[missing]} is not installed. {_REMEDY[name]}") from error
+
+
+def _create(name: str, directory: Path, manifest: Manifest, options: BackendOptions, precision: str | None) -> Backend:
+    """Imports the file of a backend, which imports its engine."""
+    graphs = manifest.graphs(directory, precision)
+    if name == "onnxruntime" and options.kind == "cpu":
+        from das_asr.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(graphs, manifest, options)
+    from das_asr.runtime.backends import onnxruntime_static
+
+    return onnxruntime_static.load_backend(graphs, manifest, options)

@@ -1,0 +1,193 @@
+"""Memory of an NVIDIA GPU: plain allocations, one stream, pinned mailboxes, and graphs of what was queued.
+
+The calls are those of the CUDA runtime, through NVIDIA's `cuda-bindings`; each returns its error first. The current
+device belongs to a thread, so every entry that may come from a new thread sets it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda.bindings import runtime as cuda
+from numpy.typing import NDArray
+
+from das_asr.runtime.backends.memory import Buffer, Bytes, Mailbox
+from das_asr.runtime.errors import BackendError
+
+__all__ = ["CudaGraph", "CudaMemory", "check"]
+
+_SUCCESS = cuda.cudaError_t.cudaSuccess
+_TO_DEVICE = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+_TO_HOST = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+_WITHIN = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+_NO_DEVICE = (
+    cuda.cudaError_t.cudaErrorNoDevice,
+    cuda.cudaError_t.cudaErrorInsufficientDriver,
+    cuda.cudaError_t.cudaErrorInvalidDevice,
+)
+_GIB = 2**30
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """What a call of the CUDA runtime returned behind its error: None, a value, or a tuple.
+
+    Raises:
+        BackendError: the call failed.
+    """
+    error, *values = result
+    if error != _SUCCESS:
+        raise BackendError(f"{_describe(error)}. The GPU cannot go on; load the bundle again, in a new process.")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+class CudaMemory:
+    """The memory of one GPU, and the stream on which everything happens in order."""
+
+    device, ahead = "cuda", True
+
+    def __init__(self, device_id: int) -> None:
+        self.device_id = device_id
+        error, count = cuda.cudaGetDeviceCount()
+        if error in _NO_DEVICE or (error == _SUCCESS and device_id >= count):
+            found = _describe(error) if error != _SUCCESS else f"{count} found"
+            raise BackendError(
+                f"There is no CUDA device {device_id} ({found}). Check `nvidia-smi` and the driver, or use device='cpu'."
+            )
+        self.enter()
+        self.stream: int = int(check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
+        self._finalizer = weakref.finalize(self, cuda.cudaStreamDestroy, self.stream)
+        self._finalizer.atexit = False  # the driver may be gone by then
+
+    def enter(self) -> None:
+        """Makes the GPU the calling thread's."""
+        check(cuda.cudaSetDevice(self.device_id))
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """See `Memory`."""
+        self.enter()
+        size = Buffer(0, shape, dtype, None).nbytes
+        block = _Block(size, self._out_of_memory)
+        check(cuda.cudaMemsetAsync(block.address, 0, size, self.stream))
+        return Buffer(block.address, shape, dtype, block)
+
+    def mailbox(self, inbox: int, outbox: int) -> Mailbox:
+        """See `Memory`."""
+        self.enter()
+        return _CudaMailbox(self.stream, _pinned(inbox), _pinned(outbox))
+
+    def write(self, target: Buffer, array: NDArray[Any]) -> None:
+        """See `Memory`; the runtime stages memory that is not pinned before it returns."""
+        assert array.nbytes == target.nbytes
+        source = np.ascontiguousarray(array)
+        check(cuda.cudaMemcpyAsync(target.address, source.ctypes.data, array.nbytes, _TO_DEVICE, self.stream))
+
+    def read(self, source: Buffer, array: NDArray[Any]) -> None:
+        """See `Memory`."""
+        assert array.nbytes == source.nbytes
+        check(cuda.cudaMemcpyAsync(array.ctypes.data, source.address, array.nbytes, _TO_HOST, self.stream))
+        self.close()
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """See `Memory`."""
+        assert target.nbytes == source.nbytes
+        check(cuda.cudaMemcpyAsync(target.address, source.address, source.nbytes, _WITHIN, self.stream))
+
+    def record(self, work: Callable[[], None]) -> CudaGraph:
+        """What `work` queues, as a graph that is launched at once; it must have run once before, and not wait."""
+        # Relaxed would let calls through that break the capture; other threads may go on with theirs.
+        check(cuda.cudaStreamBeginCapture(self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        try:
+            work()
+        finally:
+            error, graph = cuda.cudaStreamEndCapture(self.stream)  # also where work failed, or the stream stays caught
+        check((error,))
+        try:
+            return CudaGraph(int(check(cuda.cudaGraphInstantiate(graph, 0))), self.stream)
+        finally:
+            check(cuda.cudaGraphDestroy(graph))
+
+    def free(self) -> tuple[int, int]:
+        """Bytes that are free and bytes there are, over all processes."""
+        self.enter()
+        free, total = check(cuda.cudaMemGetInfo())
+        return int(free), int(total)
+
+    def close(self) -> None:
+        """See `Memory`."""
+        check(cuda.cudaStreamSynchronize(self.stream))
+
+    def _out_of_memory(self, size: int) -> BackendError:
+        free, total = self.free()
+        return BackendError(
+            f"Out of memory on CUDA device {self.device_id}: {size / _GIB:.2f} GiB were asked for, {free / _GIB:.2f} of "
+            f"{total / _GIB:.2f} GiB are free. Decode fewer utterances at a time or with fewer adapters, use a precision "
+            "of fewer bits, or free the GPU."
+        )
+
+
+class CudaGraph:
+    """Queued work that the GPU repeats at one call, at the same addresses."""
+
+    def __init__(self, executable: int, stream: int) -> None:
+        self._executable, self._stream = executable, stream
+        weakref.finalize(self, cuda.cudaGraphExecDestroy, executable).atexit = False
+
+    def launch(self) -> None:
+        """Queues it once more."""
+        check(cuda.cudaGraphLaunch(self._executable, self._stream))
+
+
+class _Block:
+    """One allocation; freed with the object."""
+
+    def __init__(self, size: int, refuse: Callable[[int], BackendError]) -> None:
+        error, address = cuda.cudaMalloc(max(size, 1))
+        if error == cuda.cudaError_t.cudaErrorMemoryAllocation:
+            cuda.cudaGetLastError()  # else the next call of anybody would report it
+            raise refuse(size)
+        self.address: int = int(check((error, address)))
+        weakref.finalize(self, cuda.cudaFree, self.address).atexit = False
+
+
+class _CudaMailbox:
+    """Pinned host memory and an event behind the last copy."""
+
+    def __init__(self, stream: int, inbox: Bytes, outbox: Bytes) -> None:
+        self._stream, self.inbox, self.outbox = stream, inbox, outbox
+        self._event: int = int(check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming)))
+        weakref.finalize(self, cuda.cudaEventDestroy, self._event).atexit = False
+
+    def send(self, target: Buffer) -> None:
+        """See `Mailbox`."""
+        size = len(self.inbox)
+        check(cuda.cudaMemcpyAsync(target.address, self.inbox.ctypes.data, size, _TO_DEVICE, self._stream))
+        check(cuda.cudaEventRecord(self._event, self._stream))
+
+    def receive(self, source: Buffer) -> None:
+        """See `Mailbox`."""
+        size = len(self.outbox)
+        check(cuda.cudaMemcpyAsync(self.outbox.ctypes.data, source.address, size, _TO_HOST, self._stream))
+        check(cuda.cudaEventRecord(self._event, self._stream))
+
+    def wait(self) -> None:
+        """See `Mailbox`."""
+        check(cuda.cudaEventSynchronize(self._event))
+
+
+def _pinned(size: int) -> Bytes:
+    """Page-locked host memory, freed with the last array that lies in it."""
+    address = int(check(cuda.cudaMallocHost(size)))
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(memory, cuda.cudaFreeHost, address).atexit = False
+    return np.ctypeslib.as_array(memory)
+
+
+def _describe(error: Any) -> str:
+    _, name = cuda.cudaGetErrorName(error)
+    _, text = cuda.cudaGetErrorString(error)
+    return f"CUDA says {name.decode()}: {text.decode()}"

@@ -1,0 +1,252 @@
+"""Decoding with a self-attention cache of fixed size, on any engine that binds tensors by address.
+
+What differs between engines is behind two contracts: `Memory` (where tensors lie) and `Program` (a compiled graph). The
+rest is here: utterances are encoded into the workspace they are decoded in, caches are updated in place, the graph's
+choice is fed back on the device, and the host reads a few bytes per step.
+
+Runs are queued ahead: while the host looks at a step's outcome, the device works on the next one. If nobody asks for
+that one, because the text has ended or the host feeds ids of its own, it did no harm: the cache slots it wrote are
+written again before they are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from das_asr.runtime.adapters import Stack
+from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
+from das_asr.runtime.backends.memory import Buffer, Memory
+from das_asr.runtime.backends.runner import Lease, Pool, Program, Runner, Turn
+from das_asr.runtime.backends.workspace import CONTROL, Workspace
+from das_asr.runtime.contract import RULE_CODES, DType
+from das_asr.runtime.manifest import Dimensions
+
+__all__ = ["Graphs", "StaticBackend", "StaticBatch", "StaticEncoded", "StaticSlots", "StaticStack", "cast_to"]
+
+
+@dataclass(frozen=True)
+class StaticStack(LoadedStack):
+    """A stack of adapters on the device, and the runners that decode with it."""
+
+    rank: int
+    pool: Pool
+
+
+@dataclass(frozen=True)
+class StaticEncoded(Encoded):
+    """Utterances that lie encoded in a leased workspace."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The two compiled graphs of a precision, and what must be known of them.
+
+    Attributes:
+        dtype: of adapters, cross tensors and caches.
+        alone: whether the encoder must be run on one utterance at a time, see `contract.ALONE`.
+    """
+
+    encoder: Program
+    decoder: Program
+    dtype: DType
+    alone: bool
+
+
+class StaticBackend:
+    """One bundle on one device; see `base.Backend`."""
+
+    def __init__(self, memory: Memory, graphs: Graphs, dims: Dimensions, carried: Stack | tuple[int, int]) -> None:
+        """Takes compiled graphs.
+
+        Args:
+            memory: of the device.
+            graphs: compiled for it.
+            dims: of the graphs.
+            carried: what `load_stack(None)` means: a stack to be loaded, or rows and rank of the stack that the graphs
+                carry themselves.
+        """
+        self._memory, self._graphs, self._dims, self._carried = memory, graphs, dims, carried
+        self._lock = threading.Lock()  # of the order on the device; never held while waiting for an outcome
+
+    def load_stack(self, stack: Stack | None) -> StaticStack:
+        """Puts adapters on the device."""
+        if stack is None and isinstance(self._carried, tuple):
+            return self._stack(*self._carried, {})
+        stack = self._carried if stack is None else stack
+        assert isinstance(stack, Stack)
+        with self._lock:
+            tensors = {name: self._upload(array) for name, array in stack.tensors.items()}
+        return self._stack(stack.rows, stack.rank, tensors)
+
+    def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> StaticEncoded:
+        """Runs the encoder on features [B, mels, frames], into a workspace of its own."""
+        assert isinstance(stack, StaticStack)
+        count = len(features)
+        with self._lock:
+            lease = stack.pool.lease(count)
+            workspace = lease.runner.workspace
+            self._memory.write(workspace.tensor("features", count), features)
+            runs = [(index, 1) for index in range(count)] if self._graphs.alone else [(0, count)]
+            for first, size in runs:
+                tensors = {**stack.tensors, **workspace.encoding(first, size)}
+                self._graphs.encoder.bind(tensors, repeated=False).run()
+        return StaticEncoded(count, {}, lease)
+
+    def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> StaticBatch:
+        """Decodes where the utterances were encoded; a second batch of the same utterances gets a copy of them."""
+        assert isinstance(encoded, StaticEncoded)
+        assert isinstance(stack, StaticStack)
+        with self._lock:
+            lease = encoded.lease
+            if lease.decoding:
+                lease = stack.pool.lease(encoded.batch)
+                for place in range(encoded.batch):
+                    lease.runner.adopt(place, encoded.lease.runner, place)
+            lease.decoding = True
+            lease.runner.control(control.feeds(), 0)
+        return StaticBatch(self._lock, lease, control)
+
+    def open_slots(self, stack: LoadedStack, capacity: int) -> StaticSlots:
+        """A workspace with places for all of them."""
+        assert isinstance(stack, StaticStack)
+        with self._lock:
+            return StaticSlots(self._lock, stack.pool.lease(capacity))
+
+    def warm_up(self, stack: LoadedStack) -> None:
+        """Runs encoder, prompt and step once on silence, so that no request pays for what engines do at first."""
+        rows, dims = stack.rows, self._dims
+        bias = np.zeros((1, dims.vocabulary), np.float32)
+        control = Control(
+            rule=np.full(1, RULE_CODES["base"], np.int64),
+            tau=np.zeros(1, np.float32),
+            token_bias=bias,
+            first_token_bias=bias,
+            row_mask=np.ones((1, rows), np.bool_),
+            first_valid=np.zeros(1, np.int64),
+        )
+        silence = np.zeros((1, dims.mels, dims.frames), np.float32)
+        batch = self.start(self.encode(silence, stack), stack, control)
+        batch.run(np.array([0]), np.array([1]), np.zeros((1, rows, 2), np.int64))
+        for position in (2, 3):  # the second may be recorded as a graph
+            batch.run(np.array([position]), np.array([1]))
+
+    def close(self) -> None:
+        """Waits for the device and frees the graphs."""
+        with self._lock:
+            self._memory.close()
+            del self._graphs
+
+    def _upload(self, array: NDArray[np.float32]) -> Buffer:
+        buffer = self._memory.allocate(array.shape, self._graphs.dtype)
+        self._memory.write(buffer, cast_to(array, self._graphs.dtype))
+        return buffer
+
+    def _stack(self, rows: int, rank: int, tensors: Mapping[str, Buffer]) -> StaticStack:
+        memory, graphs, dims = self._memory, self._graphs, self._dims
+
+        def make(places: int) -> Runner:
+            workspace = Workspace(memory, dims, graphs.dtype, places, rows, rank)
+            return Runner(memory, graphs.decoder, workspace, tensors)
+
+        return StaticStack(rows, tensors, rank, Pool(make))
+
+
+class StaticBatch:
+    """B utterances in the decoder; see `base.DecodingBatch`."""
+
+    def __init__(self, lock: threading.Lock, lease: Lease, control: Control) -> None:
+        self._lock, self.lease = lock, lease
+        self._first_traffic = {name: array.nbytes for name, array in control.feeds().items() if name in CONTROL}
+        self._ahead: Turn | None = None
+        self.traffic: list[Traffic] = []
+
+    def run(
+        self, position: NDArray[np.int64], prompt_last: NDArray[np.int64],
+        ids: NDArray[np.int64] | None = None, *, logits: bool = False,
+    ) -> Step:  # fmt: skip
+        """Runs the decoder once, and queues the step that will most likely come next."""
+        runner = self.lease.runner
+        with self._lock:
+            turn, self._ahead = self._ahead, None
+            if turn is None or ids is not None or not turn.was_for(position, prompt_last):
+                turn = runner.queue(*_unpadded(position, prompt_last, ids))
+            fetched = runner.logits(turn) if logits else None
+            if runner.memory.ahead and not logits:
+                self._ahead = runner.queue_next(turn)
+        turn.traffic.to_device.update(self._first_traffic)
+        self._first_traffic = {}
+        self.traffic.append(turn.traffic)
+        return dataclasses.replace(turn.outcome(), logits=fetched)
+
+
+class StaticSlots:
+    """Utterances that join and leave between runs; see `base.Slots`."""
+
+    def __init__(self, lock: threading.Lock, lease: Lease) -> None:
+        self._lock, self._lease = lock, lease
+        self._lengths = np.zeros(0, np.int64)  # cached tokens of each
+
+    @property
+    def count(self) -> int:
+        """Live utterances."""
+        return len(self._lengths)
+
+    def join(self, encoded: Encoded, control: Control, batch: Any, length: int) -> None:
+        """Copies the utterance's tensors, its control values among them, into the next place."""
+        del encoded, control  # the batch has both
+        assert isinstance(batch, StaticBatch)
+        with self._lock:
+            self._lease.runner.adopt(self.count, batch.lease.runner, 0)
+        self._lengths = np.append(self._lengths, length)
+
+    def leave(self, place: int) -> None:
+        """Copies the last utterance into the place."""
+        last = self.count - 1
+        if place != last:
+            with self._lock:
+                self._lease.runner.adopt(place, self._lease.runner, last)
+        lengths = self._lengths.copy()  # a turn may hold the old ones
+        lengths[place] = lengths[last]
+        self._lengths = lengths[:last]
+
+    def run(self, ids: NDArray[np.int64], *, logits: bool = False) -> Step:
+        """One token for every row of every live utterance."""
+        runner = self._lease.runner
+        with self._lock:
+            turn = runner.queue(self._lengths, self._lengths - 1, ids)
+            fetched = runner.logits(turn) if logits else None
+        self._lengths = self._lengths + 1
+        return dataclasses.replace(turn.outcome(), logits=fetched)
+
+
+def _unpadded(
+    position: NDArray[np.int64], prompt_last: NDArray[np.int64], ids: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
+    """Moves the padding of prompts from the left, where positions are negative, to the right.
+
+    There it needs no mask and no slot of its own: nothing sees it, and each utterance's next tokens overwrite it.
+    """
+    if ids is None or (position >= 0).all():
+        return position, prompt_last, ids
+    pads = np.maximum(-position, 0)
+    moved = np.stack([np.roll(utterance, -pad, axis=1) for utterance, pad in zip(ids, pads, strict=True)])
+    return position + pads, prompt_last, moved
+
+
+def cast_to(array: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
+    """Float32 in the dtype of the graphs; bfloat16, which NumPy lacks, as its bits."""
+    if dtype == "float32":
+        return array
+    if dtype == "float16":
+        return array.astype(np.float16)
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to the nearest, ties to even
