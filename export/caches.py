@@ -64,7 +64,7 @@ class StaticCache:
     """
 
     def __init__(self, g: GraphBuilder, inputs: dict[str, Value], dims: Dimensions) -> None:
-        self._g, self._inputs = g, inputs
+        self._g, self._inputs, self._dims = g, inputs, dims
         with g.scope("cache"):
             new = g.op("Shape", inputs["ids"], name="new", start=2, end=3)
             lead = g.op("Shape", inputs["ids"], name="lead", start=0, end=2)
@@ -81,9 +81,10 @@ class StaticCache:
         """A slot is visible from its utterance's first valid one up to the query's own: [B, 1, 1, n, attended]."""
         g = self._g
         zero, one = g.constant("zero", 0), g.constant("step", 1)
-        slots = g.op(
-            "Range", zero, g.op("Squeeze", self._inputs["attended"], name="attended_scalar"), one, name="slots"
-        )
+        # A Slice takes its end from the host, where `attended` is. Range wants a scalar: computing that on a GPU would
+        # send the number there and back, and the host would wait for it in every run.
+        every = g.constant("every_slot", list(range(self._dims.text_positions)))
+        slots = g.op("Slice", every, g.constant("from_slot_0", [0]), self._inputs["attended"], name="slots")
         new = g.dimension(self._inputs["ids"], 2, name="new_tokens")
         own = g.op("Add", self._first, g.op("Range", zero, new, one, name="offsets"), name="own_slots")  # [B, n]
         own = g.op("Unsqueeze", own, g.constant("axes_rows_heads_slots", [1, 2, 4]), name="own_slot_rows")

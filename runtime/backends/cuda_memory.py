@@ -7,13 +7,12 @@ device belongs to a thread, so every entry that may come from a new thread sets 
 from __future__ import annotations
 
 import ctypes
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from cuda.bindings import runtime as cuda
+from cuda.bindings import runtime as cuda  # pyright: ignore[reportAttributeAccessIssue]
 from numpy.typing import NDArray
 
 from das_asr.runtime.backends.memory import Buffer, Bytes, Mailbox
@@ -56,7 +55,7 @@ class CudaMemory:
         if error in _NO_DEVICE or (error == _SUCCESS and device_id >= count):
             found = _describe(error) if error != _SUCCESS else f"{count} found"
             raise BackendError(
-                f"There is no CUDA device {device_id} ({found}). Check `nvidia-smi` and the driver, or use device='cpu'."
+                f"There is no CUDA device {device_id} ({found}). Look at `nvidia-smi`, or use device='cpu'."
             )
         self.enter()
         self.stream: int = int(check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
@@ -124,9 +123,9 @@ class CudaMemory:
     def _out_of_memory(self, size: int) -> BackendError:
         free, total = self.free()
         return BackendError(
-            f"Out of memory on CUDA device {self.device_id}: {size / _GIB:.2f} GiB were asked for, {free / _GIB:.2f} of "
-            f"{total / _GIB:.2f} GiB are free. Decode fewer utterances at a time or with fewer adapters, use a precision "
-            "of fewer bits, or free the GPU."
+            f"Out of memory on CUDA device {self.device_id}: {size / _GIB:.2f} GiB were asked for, "
+            f"{free / _GIB:.2f} of {total / _GIB:.2f} GiB are free. Decode fewer utterances at a time or with fewer "
+            "adapters, use a precision of fewer bits, or free the GPU."
         )
 
 

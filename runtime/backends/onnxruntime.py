@@ -1,4 +1,4 @@
-"""ONNX Runtime with IO binding: tensors are handed from run to run by reference, the host sees ids and scores only."""
+"""ONNX Runtime on a CPU: tensors are handed from run to run by reference, the host sees ids and scores only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ignore[reportAttributeAccessIssue]
 
 from das_asr.runtime.adapters import Stack
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
 from das_asr.runtime.backends.huge_pages import HugePages
+from das_asr.runtime.backends.placement import CPU
+from das_asr.runtime.backends.sessions import open_session
 from das_asr.runtime.backends.slots import SlotBuffers
 from das_asr.runtime.cache import GrowingCache
 from das_asr.runtime.contract import (
@@ -28,22 +29,11 @@ from das_asr.runtime.contract import (
     encoder_inputs,
     encoder_outputs,
 )
-from das_asr.runtime.errors import BackendError
 from das_asr.runtime.manifest import Dimensions, Manifest
 
 __all__ = ["Binding", "OnnxRuntimeBackend", "OnnxRuntimeBatch", "OnnxRuntimeSlots"]
 
-_ERRORS_ONLY = 3  # a level below warns about every overridable initializer at each load
-_LOAD_ERRORS = (
-    engine.EPFail,
-    engine.Fail,
-    engine.InvalidArgument,
-    engine.InvalidGraph,
-    engine.InvalidProtobuf,
-    engine.NoSuchFile,
-    engine.NotImplemented,
-    engine.RuntimeException,
-)
+_HOST = ("cpu", 0)
 _STEP_OUTPUTS = ("row", "candidate", "logprob")
 
 
@@ -97,16 +87,14 @@ class Binding:
 
 
 class OnnxRuntimeBackend:
-    """`encoder.onnx` and `decoder.onnx` on the CPU or, through the CUDA provider, on a GPU."""
+    """`encoder.onnx` and `decoder.onnx` on the CPU."""
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
         self._dims = manifest.dimensions
         self._rows = manifest.rows
-        self._device, _, index = options.device.partition(":")
-        self._device_id = int(index or 0)
         pages = HugePages() if options.huge_pages else None
-        self._encoder = self._session(directory / ENCODER_FILE, options)
-        self._decoder = self._session(directory / DECODER_FILE, options)
+        self._encoder = open_session(directory / ENCODER_FILE, options, {CPU: {}})
+        self._decoder = open_session(directory / DECODER_FILE, options, {CPU: {}})
         self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
         if pages is not None:
             pages.advise()
@@ -115,14 +103,13 @@ class OnnxRuntimeBackend:
         """Puts adapters on the device; None is the stack that the graphs carry, which needs no memory of its own."""
         if stack is None:
             return LoadedStack(self._rows, {})
-        device = (self._device, self._device_id)
-        return LoadedStack(stack.rows, {name: _to_device(tensor, *device) for name, tensor in stack.tensors.items()})
+        return LoadedStack(stack.rows, {name: _to_device(tensor, *_HOST) for name, tensor in stack.tensors.items()})
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
         if self._alone and features.shape[0] > 1:
             return self._joined([self.encode(features[index : index + 1], stack) for index in range(len(features))])
-        binding = Binding(self._encoder, self._device, self._device_id)
+        binding = Binding(self._encoder, *_HOST)
         binding.feed("features", features)
         _connect(binding, stack.tensors, [spec.name for spec in encoder_inputs(self._dims)])
         names = [spec.name for spec in encoder_outputs(self._dims)]
@@ -134,29 +121,24 @@ class OnnxRuntimeBackend:
         tensors = {}
         for name in parts[0].tensors:
             whole = np.concatenate([part.tensors[name].numpy() for part in parts])
-            tensors[name] = _to_device(whole, self._device, self._device_id)
+            tensors[name] = _to_device(whole, *_HOST)
         return Encoded(len(parts), tensors)
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> OnnxRuntimeBatch:
         """Binds cross-attention tensors, adapters and control values once for all steps of the batch."""
-        binding = Binding(self._decoder, self._device, self._device_id)
+        binding = Binding(self._decoder, *_HOST)
         names = [spec.name for spec in decoder_inputs(self._dims)]
         _connect(binding, encoded.tensors, names)
         _connect(binding, stack.tensors, names)
         for name, array in control.feeds().items():
             binding.place(name, array)
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
-        empty = _to_device(np.zeros(shape, np.float32), self._device, self._device_id)
+        empty = _to_device(np.zeros(shape, np.float32), *_HOST)
         return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty))
 
     def open_slots(self, stack: LoadedStack, capacity: int) -> OnnxRuntimeSlots:
         """Slots in host memory; see `base.Backend`."""
-        if self._device != "cpu":
-            raise BackendError(
-                "Continuous batching (`submit`) runs on the CPU only with this backend. Load with device='cpu', or use "
-                "`transcribe_batch` on the GPU."
-            )
-        binding = Binding(self._decoder, self._device, self._device_id)
+        binding = Binding(self._decoder, *_HOST)
         _connect(binding, stack.tensors, [spec.name for spec in decoder_inputs(self._dims)])
         return OnnxRuntimeSlots(binding, self._dims, capacity)
 
@@ -164,32 +146,6 @@ class OnnxRuntimeBackend:
         """Frees both graphs and gives their memory back to the system."""
         del self._encoder, self._decoder
         _trim_heap()
-
-    def _session(self, path: Path, options: BackendOptions) -> Any:
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = _ERRORS_ONLY
-        if options.threads is not None:
-            settings.intra_op_num_threads = options.threads
-        settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
-        provider = "CPUExecutionProvider"
-        providers: list[Any] = [provider]
-        if self._device == "cuda":
-            provider = "CUDAExecutionProvider"
-            _require_provider(provider)
-            providers = [(provider, {"device_id": self._device_id}), "CPUExecutionProvider"]
-        try:
-            session = onnxruntime.InferenceSession(path, settings, providers=providers)
-        except _LOAD_ERRORS as error:
-            raise BackendError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {path} on device {options.device!r}: {error}. "
-                "Check the file (`verify_files=True` does), the driver, and whether a newer version is needed."
-            ) from error
-        if session.get_providers()[0] != provider:  # the engine only logs when a provider fails to come up
-            raise BackendError(
-                f"{provider} did not come up on device {options.device!r}; the engine offers "
-                f"{', '.join(session.get_providers())}. Check the GPU driver and CUDA libraries, or use device='cpu'."
-            )
-        return session
 
 
 class OnnxRuntimeBatch:
@@ -283,12 +239,3 @@ def _connect(binding: Binding, tensors: Mapping[str, Any], names: Sequence[str])
     for name in names:
         if name in tensors:
             binding.connect(name, tensors[name])
-
-
-def _require_provider(provider: str) -> None:
-    available = onnxruntime.get_available_providers()
-    if provider not in available:
-        raise BackendError(
-            f"This build of ONNX Runtime has no {provider} (it has {', '.join(available)}). "
-            "Install `das-asr[gpu]` in an environment without `onnxruntime`, or use device='cpu'."
-        )

@@ -17,8 +17,8 @@ import onnxruntime
 
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.memory import Buffer, HostMemory, Memory
-from das_asr.runtime.backends.placement import fallen_back
-from das_asr.runtime.backends.sessions import CPU, CUDA, ENGINE_ERRORS, open_session, require_provider
+from das_asr.runtime.backends.placement import CPU, CUDA, fallen_back
+from das_asr.runtime.backends.sessions import ENGINE_ERRORS, open_session, require_provider
 from das_asr.runtime.backends.static import Graphs, StaticBackend
 from das_asr.runtime.contract import ALONE, DECODER_STATIC_FILE, ENCODER_FILE, DType
 from das_asr.runtime.errors import BackendError, BundleError
@@ -68,9 +68,9 @@ class OnnxProgram:
 
     def _place(self, buffer: Buffer) -> tuple[str, int, Any, tuple[int, ...], int]:
         """Device, its number, element type, shape and address, as `bind_input` takes them."""
-        kind = _BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype).type
-        device = ("cpu", 0) if buffer.host else (self._memory.device, self._memory.device_id)
-        return (*device, kind, buffer.shape, buffer.address)
+        kind: Any = _BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype).type
+        device, number = ("cpu", 0) if buffer.host else (self._memory.device, self._memory.device_id)
+        return device, number, kind, buffer.shape, buffer.address
 
 
 class OnnxBound:
@@ -91,8 +91,8 @@ class OnnxBound:
         except ENGINE_ERRORS as error:
             if "allocate memory" in str(error) or "out of memory" in str(error):
                 raise BackendError(
-                    f"ONNX Runtime is out of memory: {error}. Decode fewer utterances at a time or with fewer adapters, "
-                    "use a precision of fewer bits, or free the device."
+                    f"ONNX Runtime is out of memory: {error}. Decode fewer utterances at a time or with fewer "
+                    "adapters, use a precision of fewer bits, or free the device."
                 ) from error
             raise
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from das_asr.runtime.backends.sessions import CPU
+__all__ = ["CPU", "CUDA", "TENSORRT", "fallen_back"]
 
-__all__ = ["fallen_back"]
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 _SHAPE_BYTES = 1024
 _SIZES = {"int64": 8, "int32": 4, "bool": 1}

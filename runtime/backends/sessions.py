@@ -12,9 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ig
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.errors import BackendError
 
-__all__ = ["CPU", "CUDA", "ENGINE_ERRORS", "TENSORRT", "open_session", "require_provider"]
-
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+__all__ = ["ENGINE_ERRORS", "open_session", "require_provider"]
 
 ENGINE_ERRORS = (
     engine.EPFail,

@@ -79,13 +79,12 @@ class StaticBackend:
 
     def load_stack(self, stack: Stack | None) -> StaticStack:
         """Puts adapters on the device."""
-        if stack is None and isinstance(self._carried, tuple):
-            return self._stack(*self._carried, {})
-        stack = self._carried if stack is None else stack
-        assert isinstance(stack, Stack)
+        wanted = self._carried if stack is None else stack
+        if isinstance(wanted, tuple):
+            return self._stack(*wanted, {})
         with self._lock:
-            tensors = {name: self._upload(array) for name, array in stack.tensors.items()}
-        return self._stack(stack.rows, stack.rank, tensors)
+            tensors = {name: self._upload(array) for name, array in wanted.tensors.items()}
+        return self._stack(wanted.rows, wanted.rank, tensors)
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> StaticEncoded:
         """Runs the encoder on features [B, mels, frames], into a workspace of its own."""

@@ -92,8 +92,7 @@ class Workspace:
         """A copy of an `OUTBOX` tensor of the first `count` utterances from a mailbox."""
         buffer = self._part(name, 0, count)
         offset = buffer.address - self.outbox.address
-        values = box.outbox[offset : offset + buffer.nbytes].copy().view(buffer.dtype).reshape(buffer.shape)
-        return values  # type: ignore[no-any-return]
+        return box.outbox[offset : offset + buffer.nbytes].copy().view(buffer.dtype).reshape(buffer.shape)
 
     def _part(self, name: str, first: int, count: int) -> Buffer:
         lanes = self.rows if name in self._lanes else 1

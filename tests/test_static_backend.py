@@ -1,0 +1,253 @@
+"""The static cache writes what the growing cache writes, with the same code that runs on a GPU: here on the CPU."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber, Transcription
+from das_asr.runtime.adapter_sets import AdapterSets
+from das_asr.runtime.backends import BackendOptions, create_backend
+from das_asr.runtime.backends.memory import Buffer, HostMemory
+from das_asr.runtime.backends.onnxruntime_static import load_backend, open_graphs
+from das_asr.runtime.backends.placement import CPU
+from das_asr.runtime.backends.runner import attended_slots
+from das_asr.runtime.backends.static import StaticBackend, cast_to
+from das_asr.runtime.decoding import Prompt, decode
+from das_asr.runtime.job import Job
+from das_asr.runtime.manifest import read_manifest
+from das_asr.runtime.options import DecodingOptions
+from das_asr.runtime.tokenizer import Tokenizer
+from tests.bundles import make_bundle
+from tests.rules import CHOICES
+
+Clips = list[tuple[Path, str, str]]
+OPTIONS = BackendOptions(threads=1)
+
+
+class Surest:
+    """A rule on the host that wants to see all logits."""
+
+    name = "surest"
+    needs_logits = True
+
+    def choose(self, step: StepCandidates) -> Any:
+        assert step.logits is not None
+        return step.logits.max(axis=2).argmax(axis=1)
+
+
+CALLS = [
+    *CHOICES,
+    {"rule": Surest()},
+    {"no_speech_threshold": None},
+    {"prompt": "the weather today"},
+    {"max_tokens": 3},
+]
+
+
+class CountingMemory(HostMemory):
+    """Host memory that knows how much was asked of it, and may have an end."""
+
+    def __init__(self, *, ahead: bool = True, limit: float = float("inf")) -> None:
+        super().__init__(ahead=ahead)
+        self.limit, self.allocated = limit, 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        buffer = super().allocate(shape, dtype)
+        if self.allocated + buffer.nbytes > self.limit:
+            raise BackendError("Out of memory: the test allows no more.")
+        self.allocated += buffer.nbytes
+        return buffer
+
+
+def static_backend(bundle: Path, memory: HostMemory | None = None) -> StaticBackend:
+    return open_graphs(bundle, read_manifest(bundle), OPTIONS, memory or HostMemory(), {CPU: {}})
+
+
+def open_static(bundle: Path, memory: HostMemory | None = None) -> Transcriber:
+    return Transcriber(read_manifest(bundle), bundle, static_backend(bundle, memory))
+
+
+def texts(results: list[Transcription]) -> list[Any]:
+    return [(result.tokens, result.adapter, [token.row for token in result.provenance]) for result in results]
+
+
+@pytest.fixture(scope="module")
+def growing(demo_bundle: Path) -> Iterator[Transcriber]:
+    with Transcriber.load(demo_bundle, threads=1) as transcriber:
+        yield transcriber
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "ahead"])
+def static(request: pytest.FixtureRequest, demo_bundle: Path) -> Iterator[Transcriber]:
+    with open_static(demo_bundle, HostMemory(ahead=request.param)) as transcriber:
+        yield transcriber
+
+
+# --- The same tokens ---
+
+
+@pytest.mark.parametrize("choice", CALLS, ids=str)
+def test_one_utterance_and_a_batch(
+    growing: Transcriber, static: Transcriber, demo_audio: Clips, choice: dict[str, Any]
+) -> None:
+    clips = [path for path, _, _ in demo_audio]
+    assert texts([static.transcribe(clips[4], **choice)]) == texts([growing.transcribe(clips[4], **choice)])
+    expected = growing.transcribe_batch(clips[:5], **choice)
+    results = static.transcribe_batch(clips[:5], **choice)
+    assert texts(results) == texts(expected)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours.avg_logprob == pytest.approx(theirs.avg_logprob, abs=1e-4)
+        assert ours.no_speech_prob == pytest.approx(theirs.no_speech_prob, abs=1e-4)
+
+
+def test_prompts_of_different_length_share_a_batch(demo_bundle: Path, demo_audio: Clips) -> None:
+    """Left-padded as the loop makes them; a static cache holds them without padding."""
+    manifest = read_manifest(demo_bundle)
+    tokenizer = Tokenizer.from_file(demo_bundle / "tokenizer.json", manifest.tokens)
+    features = np.random.default_rng(0).normal(
+        0, 1, (3, manifest.dimensions.mels, manifest.dimensions.frames)
+    ).astype(np.float32)  # fmt: skip
+    written = []
+    for backend in (create_backend("onnxruntime", demo_bundle, manifest, OPTIONS), static_backend(demo_bundle)):
+        adapters = AdapterSets(backend, manifest, demo_bundle).get(None)
+        plan = Job(manifest, tokenizer, adapters, DecodingOptions(language="en", max_tokens=20), 3).plan()
+        (ids, start), (long_ids, long_start) = (tokenizer.prompt("en", "transcribe", text, 60) for text in (None, "so"))
+        prompts = [Prompt(tuple(ids), start), Prompt(tuple(long_ids), long_start), Prompt(tuple(ids), start)]
+        pads = np.array([len(long_ids) - len(ids), 0, len(long_ids) - len(ids)])
+        plan = dataclasses.replace(plan, control=dataclasses.replace(plan.control, first_valid=pads))
+        batch = backend.start(backend.encode(features, adapters.loaded), adapters.loaded, plan.control)
+        written.append(decode(batch, prompts, plan))
+    first, second = written
+    assert np.array_equal(first.lengths, second.lengths)
+    assert np.array_equal(first.candidates, second.candidates)
+    np.testing.assert_allclose(first.logprobs, second.logprobs, atol=1e-4)
+
+
+def test_continuous_batching(growing: Transcriber, static: Transcriber, demo_audio: Clips) -> None:
+    work = [(demo_audio[index % len(demo_audio)][0], choice) for index, choice in enumerate(CALLS * 2)]
+    expected = [growing.transcribe(path, **choice) for path, choice in work]
+    results = [future.result(60) for future in [static.submit(path, **choice) for path, choice in work]]
+    assert texts(results) == texts(expected)
+
+
+def test_eight_threads(growing: Transcriber, static: Transcriber, demo_audio: Clips) -> None:
+    work = [(demo_audio[index % len(demo_audio)][0], choice) for index, choice in enumerate(CALLS * 2)]
+    expected = [growing.transcribe(path, **choice) for path, choice in work]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda item: static.transcribe(item[0], **item[1]), work))
+    assert texts(results) == texts(expected)
+
+
+def test_adapters_are_swapped_while_loaded(
+    demo_base: Path, demo_adapters: dict[str, Path], growing: Transcriber, demo_audio: Clips, tmp_path: Path
+) -> None:
+    clips = [path for path, _, _ in demo_audio[:4]]
+    with open_static(make_bundle(demo_base, {}, tmp_path / "bundle"), HostMemory(ahead=True)) as transcriber:
+        for count, name in enumerate(demo_adapters):
+            transcriber.load_adapter(name, demo_adapters[name])
+            names = tuple(demo_adapters)[: count + 1]
+            expected = growing.transcribe_batch(clips, adapters=names)
+            assert texts(transcriber.transcribe_batch(clips)) == texts(expected)
+        transcriber.unload_adapter("music")
+        expected = growing.transcribe_batch(clips, adapters=("weather", "sports"))
+        assert texts(transcriber.transcribe_batch(clips)) == texts(expected)
+
+
+def test_utterances_can_be_decoded_twice(demo_bundle: Path, growing: Transcriber) -> None:
+    """Two batches of the same encoded utterances, a step each in turns."""
+    backend = static_backend(demo_bundle, HostMemory(ahead=True))
+    manifest = growing.manifest
+    adapters = AdapterSets(backend, manifest, demo_bundle).get(None)
+    tokenizer = Tokenizer.from_file(demo_bundle / "tokenizer.json", manifest.tokens)
+    plan = Job(manifest, tokenizer, adapters, DecodingOptions(language="en", no_speech_threshold=None), 1).plan()
+    dims = manifest.dimensions
+    features = np.random.default_rng(1).normal(0, 1, (1, dims.mels, dims.frames)).astype(np.float32)
+    encoded = backend.encode(features, adapters.loaded)
+    batches = [backend.start(encoded, adapters.loaded, plan.control) for _ in range(2)]
+    ids = np.repeat(np.array(tokenizer.prompt("en", "transcribe", None, 60)[0])[None, None], len(adapters.rows), axis=1)
+    steps = [batch.run(np.zeros(1, np.int64), np.array([ids.shape[2] - 1]), ids) for batch in batches]
+    for position in range(ids.shape[2], ids.shape[2] + 10):
+        assert np.array_equal(steps[0].candidate, steps[1].candidate)
+        steps = [batch.run(np.array([position]), np.array([ids.shape[2] - 1])) for batch in batches]
+
+
+# --- Memory ---
+
+
+def test_requests_use_the_same_memory_again(demo_bundle: Path, demo_audio: Clips) -> None:
+    memory = CountingMemory()
+    with open_static(demo_bundle, memory) as transcriber:
+        for size in (1, 3, 4):
+            transcriber.transcribe_batch([demo_audio[0][0]] * size)
+        allocated = memory.allocated
+        for size in (1, 2, 3, 4) * 5:
+            transcriber.transcribe_batch([demo_audio[size][0]] * size, max_tokens=2)
+        two = memory.allocated - allocated
+        assert 0 < two < allocated  # one workspace more, for two utterances
+        for size in (1, 2, 3, 4) * 5:
+            transcriber.transcribe_batch([demo_audio[size][0]] * size, max_tokens=2)
+        assert memory.allocated == allocated + two
+
+
+def test_too_little_memory_is_an_error_of_one_request(demo_bundle: Path, demo_audio: Clips) -> None:
+    memory = CountingMemory()
+    with open_static(demo_bundle, memory) as transcriber:
+        expected = transcriber.transcribe(demo_audio[0][0]).text
+        memory.limit = 2 * memory.allocated
+        with pytest.raises(BackendError, match="Out of memory"):
+            transcriber.transcribe_batch([demo_audio[0][0]] * 8)
+        assert transcriber.transcribe(demo_audio[0][0]).text == expected
+
+
+@pytest.mark.parametrize(("needed", "slots", "read"), [(1, 448, 64), (64, 448, 64), (65, 448, 128), (300, 448, 448),
+                                                       (1, 24, 24), (90, 100, 100)])  # fmt: skip
+def test_attended_slots_are_few_numbers(needed: int, slots: int, read: int) -> None:
+    assert attended_slots(needed, slots) == read
+
+
+def test_half_precision_is_rounded_as_elsewhere() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    values = np.random.default_rng(0).normal(0, 3, (50, 7)).astype(np.float32)
+    assert np.array_equal(cast_to(values, "bfloat16"), values.astype(ml_dtypes.bfloat16).view(np.uint16))
+    assert np.array_equal(cast_to(values, "float16"), values.astype(np.float16))
+    assert cast_to(values, "float32") is values
+
+
+# --- Errors ---
+
+
+def test_a_bundle_without_the_static_graph_is_refused(demo_base: Path, tmp_path: Path) -> None:
+    bundle = make_bundle(demo_base, {}, tmp_path / "bundle")
+    (bundle / "decoder_static.onnx").unlink()
+    with pytest.raises(BundleError, match=r"no decoder_static.onnx.*Export the bundle again"):
+        load_backend(bundle, read_manifest(bundle), OPTIONS)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "ort-tensorrt"])
+def test_gpu_backends_need_a_gpu(demo_bundle: Path, backend: str) -> None:
+    with pytest.raises(OptionError, match=f"backend='{backend}' runs on GPUs only, device is 'cpu'"):
+        Transcriber.load(demo_bundle, backend=backend)
+
+
+def test_the_cuda_runtime_has_every_call_and_says_what_is_missing(repo: Path) -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    tree = ast.parse((repo / "runtime" / "backends" / "cuda_memory.py").read_text("utf-8"))
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    used = {node.attr for node in names if node.value.id == "cuda"}  # type: ignore[attr-defined]
+    assert len(used) > 20
+    assert not [name for name in used if not hasattr(runtime, name)]
+    error, count = runtime.cudaGetDeviceCount()
+    if error == runtime.cudaError_t.cudaSuccess and count:
+        pytest.skip("there is a CUDA device")
+    from das_asr.runtime.backends.cuda_memory import CudaMemory
+
+    with pytest.raises(BackendError, match=r"There is no CUDA device 0 \(CUDA says cudaError.*use device='cpu'"):
+        CudaMemory(0)
