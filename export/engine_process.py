@@ -56,7 +56,7 @@ def _follow(output: IO[str], graph: str) -> bool:
             raise ExportError(content)
         if kind == "warnings":
             for warning in content:
-                _log.warning("%s: %s", graph, warning)
+                _log.info("%s: the builder warns: %s", graph, warning)
             return True
         _log.info("%s: %s", graph, content)
     return False

@@ -1,7 +1,7 @@
 """The sizes that an engine is compiled for: smallest, usual and largest value of every dimension of every input.
 
-TensorRT chooses its kernels for the usual sizes and takes any from the smallest to the largest. The encoder's engine has
-one profile, the decoder's two: prefill with a whole prompt, and step with one token.
+TensorRT chooses its kernels for the usual sizes and takes any from the smallest to the largest. The encoder's engine
+has one profile, the decoder's two: prefill with a whole prompt, and step with one token.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m das_asr.export.engine_worker < job.json
 
-`engine_process.py` starts it and reads one JSON object per line from its output: `progress`, then `warnings` when all is
-well, or `error`. When its input closes, whoever started it is gone; it then removes the folder it writes to and ends.
+`engine_process.py` starts it and reads one JSON object per line from its output: `progress`, then `warnings` when all
+is well, or `error`. When its input closes, whoever started it is gone; it then removes the folder it writes to and
+ends.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from das_asr.runtime.manifest import from_plain
 __all__ = ["BuildJob", "build", "main", "parse_network"]
 
 _SECONDS_BETWEEN_NEWS = 2.0
+_INT64_NOTICE = "Int64 binding"  # a reminder to bind int64 tensors as such, once for each of them
 
 Say = Callable[[str], None]
 
@@ -203,9 +205,7 @@ def _logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message)
-            elif (
-                severity == trt.ILogger.WARNING and "Int64 binding" not in message
-            ):  # they are int64, as they should be
+            elif severity == trt.ILogger.WARNING and _INT64_NOTICE not in message:
                 self.warnings.append(message)
 
     return Log()

@@ -15,7 +15,6 @@ import fcntl
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from das_asr.runtime.contract import decoder_inputs, encoder_inputs
 from das_asr.runtime.errors import BackendError, BundleError, ExportError, OptionError
 from das_asr.runtime.manifest import EngineEntry, Manifest, check_files, read_manifest, sha256_of, write_manifest
 
-__all__ = ["CACHE_FOLDER", "build_engines"]
+__all__ = ["CACHE_FOLDER", "alone_in", "build_engines", "check_targets"]
 
 CACHE_FOLDER = "cache"
 """What makes building and loading faster, and may be deleted at any time."""
@@ -57,6 +56,19 @@ class _Graph:
     file: str
     engine: str
     profiles: tuple[Profile, ...]
+
+
+def check_targets(options: EngineOptions) -> Library:
+    """The library that engines will be built with, once it is clear that it can build for the targets on this machine.
+
+    Raises:
+        BackendError: it is not installed, or cannot build for a target here.
+        OptionError: two libraries are installed and none is named.
+    """
+    library = load_library(options.library)
+    for target in options.targets:
+        _check_target(library, target)
+    return library
 
 
 def build_engines(bundle: Path, options: EngineOptions) -> Manifest:
@@ -77,12 +89,11 @@ def build_engines(bundle: Path, options: EngineOptions) -> Manifest:
     """
     bundle = bundle.resolve()
     manifest = read_manifest(bundle)
-    library = load_library(options.library)
+    library = check_targets(options)
     _log.info("building with %s", library)
-    for target in options.targets:
-        _check_target(library, target)
     _check_limits(manifest, options)
-    with _alone(bundle):
+    with alone_in(bundle):
+        remove_leftovers(bundle / ENGINES_FOLDER)
         manifest = read_manifest(bundle)  # nobody else changes it any more
         check_files(manifest, bundle)
         for target in options.targets:
@@ -99,8 +110,8 @@ def _check_target(library: Library, target: str) -> None:
     if offline:
         if target not in offline:
             raise BackendError(
-                f"{library} builds for {', '.join(offline)}, not for {target}. Install `das-asr[tensorrt]` on a machine "
-                f"with that GPU and build there with --library tensorrt."
+                f"{library} builds for {', '.join(offline)}, not for {target}. Install `das-asr[tensorrt]` on a "
+                "machine with that GPU and build there with --library tensorrt."
             )
         return
     present = gpu_target()
@@ -212,14 +223,17 @@ def _job(graph: _Graph, graphs: Path, folder: Path, bundle: Path, record: Engine
 
 
 @contextlib.contextmanager
-def _alone(bundle: Path) -> Iterator[None]:
-    """Keeps other builders out of the bundle, and removes what killed ones have left."""
+def alone_in(bundle: Path) -> Iterator[None]:
+    """Keeps others from changing the bundle.
+
+    Raises:
+        ExportError: somebody is changing it.
+    """
     handle = os.open(bundle, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_leftovers(bundle / ENGINES_FOLDER)
         yield
     except BlockingIOError as error:
-        raise ExportError(f"Somebody else is building engines in {bundle}. Wait, and build again.") from error
+        raise ExportError(f"Somebody else is changing {bundle}. Wait, and run this again.") from error
     finally:
         os.close(handle)

@@ -1,16 +1,16 @@
 """The gate of precision variants: what the runtime writes with smaller weights, beside what it writes with float32.
 
-    report = compare_variant(bundle, manifest, "int8", samples, speech)
+    report = compare_variant(bundle, manifest, {"precision": "int8"}, samples, speech)
     check_variant("int8", report)
 
 Quantised weights cannot agree with PyTorch to rounding errors, so a variant is judged by what it writes: the tokens of
-every row on the sample clips, and, where labelled speech is given, the word error rate.
+every row on the sample clips, and, where labelled speech is given, the word error rate. Engines are judged so too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,19 +55,19 @@ def read_speech(manifest: Path | None) -> list[Utterance]:
 
 
 def compare_variant(
-    bundle: Path, manifest: Manifest, precision: str, samples: Samples, speech: Sequence[Utterance]
+    bundle: Path, manifest: Manifest, variant: Mapping[str, Any], samples: Samples, speech: Sequence[Utterance]
 ) -> VariantReport:
-    """Decodes with both precisions.
+    """Decodes with float32 on the CPU and with the variant.
 
     Args:
         bundle: its files; float32's graphs and the variant's are there.
-        manifest: of the bundle, with both precisions.
-        precision: the variant.
+        manifest: of the bundle, with the variant.
+        variant: what `Transcriber.load` takes to load it.
         samples: audio, float32 [n] each at the model's rate.
         speech: labelled utterances, or none.
     """
     (exact, exact_wrong), (other, other_wrong) = (
-        _decode(bundle, manifest, name, samples, speech) for name in ("fp32", precision)
+        _decode(bundle, manifest, choices, samples, speech) for choices in ({"precision": "fp32"}, variant)
     )
     words = sum(len(_words(utterance.text)) for utterance in speech)
     return VariantReport(
@@ -99,10 +99,10 @@ def check_variant(precision: str, report: VariantReport) -> None:
 
 
 def _decode(
-    bundle: Path, manifest: Manifest, precision: str, samples: Samples, speech: Sequence[Utterance]
+    bundle: Path, manifest: Manifest, choices: Mapping[str, Any], samples: Samples, speech: Sequence[Utterance]
 ) -> tuple[list[tuple[int, ...]], int]:
     """(tokens of every row of every sample, wrong words of the speech)."""
-    with Transcriber.load(bundle, precision=precision, verify_files=False) as transcriber:
+    with Transcriber.load(bundle, verify_files=False, **choices) as transcriber:
         options: dict[str, Any] = {
             "rule": "hypothesis",
             "language": next(iter(manifest.tokens.languages), None),

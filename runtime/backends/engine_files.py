@@ -1,7 +1,8 @@
 """Compiled engines of a bundle: what each was built for, which one fits, and every check before one is opened.
 
     name = find_engine(bundle, manifest, library="tensorrt-rtx", target="sm86", precision="fp16")
-    record = check_engine(bundle, manifest, name, EngineUse("tensorrt-rtx", "1.7.1.116", "sm86", "fp16", rows=4, rank=32))
+    use = EngineUse("tensorrt-rtx", "1.7.1.116", "sm86", "fp16", batch=1, rows=4, rank=32)
+    record = check_engine(bundle, manifest, name, use)
     content = read_engine_file(bundle, manifest, name, DECODER_ENGINE)
 
 An engine is a program: a library that is handed a damaged or foreign one may crash or worse. So files are compared with

@@ -1,7 +1,7 @@
 """The two TensorRT libraries with one Python API: which are installed, and which one is meant.
 
-`tensorrt` is for data-centre GPUs and builds engines on the GPU that will run them. `tensorrt-rtx` builds ahead of time,
-without a GPU, and compiles its kernels when an engine is loaded. An engine of one cannot be opened by the other.
+`tensorrt` is for data-centre GPUs and builds engines on the GPU that will run them. `tensorrt-rtx` builds ahead of
+time, without a GPU, and compiles its kernels when an engine is loaded. Neither opens the other's engines.
 """
 
 from __future__ import annotations
