@@ -120,6 +120,11 @@ class GraphBuilder:
             self._initializers[full] = numpy_helper.from_array(np.asarray(value, dtype=dtype), full)
         return full
 
+    def dimension(self, x: Value, axis: int, name: str) -> Value:
+        """One dimension of x as an int64 scalar."""
+        shape = self.op("Shape", x, name=f"{name}/shape", start=axis, end=axis + 1)
+        return self.op("Squeeze", shape, self.constant("axis_0", [0]), name=name)
+
     def op(self, kind: str, *inputs: Value, name: str | None = None, **attributes: Any) -> Value:
         """Adds a node with one output and returns it; `name` defaults to the operator's."""
         return self.ops(kind, inputs, (name or kind,), **attributes)[0]

@@ -21,8 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from das_asr.export.onnx import DECODER_FILE, ENCODER_FILE
-from das_asr.runtime.contract import ALONE
+from das_asr.runtime.contract import ALONE, DECODER_FILE, ENCODER_FILE
 from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import Dimensions
 

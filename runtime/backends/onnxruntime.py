@@ -19,7 +19,15 @@ from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, T
 from das_asr.runtime.backends.huge_pages import HugePages
 from das_asr.runtime.backends.slots import SlotBuffers
 from das_asr.runtime.cache import GrowingCache
-from das_asr.runtime.contract import ALONE, cache_names, decoder_inputs, encoder_inputs, encoder_outputs
+from das_asr.runtime.contract import (
+    ALONE,
+    DECODER_FILE,
+    ENCODER_FILE,
+    cache_names,
+    decoder_inputs,
+    encoder_inputs,
+    encoder_outputs,
+)
 from das_asr.runtime.errors import BackendError
 from das_asr.runtime.manifest import Dimensions, Manifest
 
@@ -97,8 +105,8 @@ class OnnxRuntimeBackend:
         self._device, _, index = options.device.partition(":")
         self._device_id = int(index or 0)
         pages = HugePages() if options.huge_pages else None
-        self._encoder = self._session(directory / "encoder.onnx", options)
-        self._decoder = self._session(directory / "decoder.onnx", options)
+        self._encoder = self._session(directory / ENCODER_FILE, options)
+        self._decoder = self._session(directory / DECODER_FILE, options)
         self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
         if pages is not None:
             pages.advise()
