@@ -13,10 +13,11 @@ from pathlib import Path
 from das_asr.export.clips import load_clips
 from das_asr.export.engines import alone_in
 from das_asr.export.variants import MOST_DIFFERENT, compare_variant
+from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.cuda_device import gpu_target
 from das_asr.runtime.backends.engine_files import EngineRecord, read_engine_file, read_record
 from das_asr.runtime.backends.tensorrt_library import installed_libraries
-from das_asr.runtime.errors import BackendError, ParityError
+from das_asr.runtime.errors import BackendError, OptionError, ParityError
 from das_asr.runtime.manifest import EngineEntry, Manifest, VariantReport, read_manifest, write_manifest
 
 __all__ = ["check_engine_files", "verify_engines"]
@@ -47,9 +48,12 @@ def verify_engines(bundle: Path, device: str) -> dict[str, VariantReport]:
         What was measured, by the engine's name.
 
     Raises:
+        OptionError: it is no such device.
         BackendError: there is no such GPU, no TensorRT, or no engine for them.
         ParityError: an engine writes something else than float32; it is marked as not verified.
     """
+    if BackendOptions(device).device == "cpu":
+        raise OptionError("--device is 'cpu', but engines run on a GPU only. Give cuda or cuda:N, or leave it out.")
     manifest = read_manifest(bundle)
     records = {name: read_record(bundle, manifest, name) for name in manifest.engines}
     names = _runnable(bundle, records, device)
@@ -67,9 +71,7 @@ def verify_engines(bundle: Path, device: str) -> dict[str, VariantReport]:
 def _runnable(bundle: Path, records: dict[str, EngineRecord], device: str) -> list[str]:
     """Names of the engines for this machine's GPU and library."""
     if not records:
-        raise BackendError(
-            f"{bundle} has no engines to run. Build some with `das-export engine {bundle} --target ...`."
-        )
+        raise BackendError(f"{bundle} has no engines to run. Build one: das-export engine {bundle} --target sm86")
     target, installed = gpu_target(int(device.partition(":")[2] or 0)), installed_libraries()
     targets = ", ".join(sorted({record.target for record in records.values()}))
     missing = []

@@ -58,7 +58,6 @@ def _sizes(manifest: Manifest, limits: EngineLimits) -> dict[str, tuple[int, int
     return {
         "batch": (1, 1, limits.max_batch),
         "rows": rows,
-        "past": (0, min(16, manifest.dimensions.text_positions), manifest.dimensions.text_positions),
         "lanes": (1, rows[1], limits.max_batch * limits.max_rows),
         "rank": (1, min(rank, limits.max_rank), limits.max_rank),
     }

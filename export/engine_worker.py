@@ -98,7 +98,8 @@ def build(job: BuildJob, say: Say) -> list[str]:
     if engine is None:
         raise ExportError(
             f"{library} cannot build {Path(job.graph).name} for {job.target}: {' '.join(log.errors)} "
-            "If it is the precision that this GPU lacks, give another --precision."
+            "If memory is short, give more --workspace or smaller limits; if the GPU lacks the precision, another "
+            "--precision."
         )
     with Path(job.engine).open("wb") as file:
         file.write(memoryview(engine))

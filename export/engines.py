@@ -22,7 +22,6 @@ from pathlib import Path
 from das_asr.export.engine_process import run_build
 from das_asr.export.engine_profiles import Profile, decoder_profiles, encoder_profiles, longest_prompt
 from das_asr.export.engine_worker import BuildJob
-from das_asr.export.onnx import DECODER_FILE, ENCODER_FILE
 from das_asr.export.options import EngineOptions
 from das_asr.export.staging import remove_leftovers, replacing
 from das_asr.runtime.backends.cuda_device import gpu_target
@@ -37,7 +36,13 @@ from das_asr.runtime.backends.engine_files import (
     read_record,
 )
 from das_asr.runtime.backends.tensorrt_library import Library, load_library
-from das_asr.runtime.contract import decoder_inputs, encoder_inputs
+from das_asr.runtime.contract import (
+    DECODER_FILE,
+    DECODER_STATIC_FILE,
+    ENCODER_FILE,
+    encoder_inputs,
+    static_decoder_inputs,
+)
 from das_asr.runtime.errors import BackendError, BundleError, ExportError, OptionError
 from das_asr.runtime.manifest import EngineEntry, Manifest, check_files, read_manifest, sha256_of, write_manifest
 
@@ -168,8 +173,8 @@ def _build(bundle: Path, manifest: Manifest, library: Library, target: str, opti
 
 def _record(manifest: Manifest, library: Library, target: str, options: EngineOptions) -> EngineRecord:
     """What the engine is going to be built from and for."""
-    read = (ENCODER_FILE, DECODER_FILE)
-    sources = {name: sha256 for name, sha256 in manifest.files.items() if name.removesuffix(".data") in read}
+    read = (ENCODER_FILE, DECODER_STATIC_FILE, *(f"{file}.data" for file in (ENCODER_FILE, DECODER_FILE)))
+    sources = {name: manifest.files[name] for name in read}
     return EngineRecord(
         record_version=RECORD_VERSION,
         library=library.name,
@@ -202,7 +207,7 @@ def _graphs(manifest: Manifest, options: EngineOptions) -> tuple[_Graph, _Graph]
     dims, limits = manifest.dimensions, options.limits
     return (
         _Graph(ENCODER_FILE, ENCODER_ENGINE, encoder_profiles(encoder_inputs(dims), manifest, limits)),
-        _Graph(DECODER_FILE, DECODER_ENGINE, decoder_profiles(decoder_inputs(dims), manifest, limits)),
+        _Graph(DECODER_STATIC_FILE, DECODER_ENGINE, decoder_profiles(static_decoder_inputs(dims), manifest, limits)),
     )
 
 
