@@ -139,7 +139,9 @@ def _write(options: ExportOptions, sources: _Sources, directory: Path) -> Manife
     manifest = dataclasses.replace(draft, parity=parity, variants=variants)
     write_manifest(manifest, directory)
     if options.engines is not None:
-        return build_engines(directory, options.engines)
+        rank = max((entry.rank for entry in manifest.adapters), default=1)
+        limits = options.engines.limits.covering(rows=manifest.rows, rank=rank)
+        return build_engines(directory, dataclasses.replace(options.engines, limits=limits))
     check_files(manifest, directory)
     return manifest
 
@@ -162,7 +164,7 @@ def _gate(draft: Manifest, sources: _Sources, directory: Path) -> ParityReport:
 
 def _judge(precision: str, draft: Manifest, sources: _Sources, directory: Path, *, force: bool) -> VariantReport:
     _log.info("comparing %s with fp32", precision)
-    report = compare_variant(directory, draft, {"precision": precision}, sources.samples, sources.speech)
+    report = compare_variant(directory, draft, precision, sources.samples, sources.speech)
     try:
         check_variant(precision, report)
     except ParityError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from das_asr.export.clips import load_clips
 from das_asr.export.engines import alone_in
-from das_asr.export.variants import MOST_DIFFERENT, compare_variant
+from das_asr.export.variants import MOST_DIFFERENT, compare_with_float32
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.cuda_device import gpu_target
 from das_asr.runtime.backends.engine_files import EngineRecord, read_engine_file, read_record
@@ -62,7 +62,7 @@ def verify_engines(bundle: Path, device: str) -> dict[str, VariantReport]:
     for name in names:
         _log.info("running %s", name)
         choices = {"device": device, "backend": "tensorrt", "precision": records[name].precision}
-        reports[name] = compare_variant(bundle, manifest, choices, samples, ())
+        reports[name] = compare_with_float32(bundle, manifest, choices, samples, ())
         _mark(bundle, name, reports[name])
         _check(name, reports[name])
     return reports

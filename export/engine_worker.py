@@ -230,7 +230,7 @@ def _monitor(trt: Any, say: Say) -> Any:
 
         def step_complete(self, name: str, step: int) -> bool:
             with self._lock:
-                if time.monotonic() > self._next:
+                if self._steps[name] > 1 and time.monotonic() > self._next:
                     self._tell(f"{name}, {step + 1} of {self._steps[name]}")
             return True
 

@@ -1,6 +1,6 @@
 """The gate of precision variants: what the runtime writes with smaller weights, beside what it writes with float32.
 
-    report = compare_variant(bundle, manifest, {"precision": "int8"}, samples, speech)
+    report = compare_variant(bundle, manifest, "int8", samples, speech)
     check_variant("int8", report)
 
 Quantised weights cannot agree with PyTorch to rounding errors, so a variant is judged by what it writes: the tokens of
@@ -23,7 +23,15 @@ from das_asr.runtime.results import Transcription
 from das_asr.runtime.transcriber import Transcriber
 from das_asr.runtime.utterances import Utterance, read_utterances
 
-__all__ = ["LEAST_WORDS", "MOST_DIFFERENT", "MOST_WORSE", "check_variant", "compare_variant", "read_speech"]
+__all__ = [
+    "LEAST_WORDS",
+    "MOST_DIFFERENT",
+    "MOST_WORSE",
+    "check_variant",
+    "compare_variant",
+    "compare_with_float32",
+    "read_speech",
+]
 
 MOST_DIFFERENT = 0.03
 """Share of float32's tokens that a variant may write otherwise."""
@@ -55,19 +63,34 @@ def read_speech(manifest: Path | None) -> list[Utterance]:
 
 
 def compare_variant(
-    bundle: Path, manifest: Manifest, variant: Mapping[str, Any], samples: Samples, speech: Sequence[Utterance]
+    bundle: Path, manifest: Manifest, precision: str, samples: Samples, speech: Sequence[Utterance]
 ) -> VariantReport:
-    """Decodes with float32 on the CPU and with the variant.
+    """Decodes with both precisions.
 
     Args:
         bundle: its files; float32's graphs and the variant's are there.
-        manifest: of the bundle, with the variant.
-        variant: what `Transcriber.load` takes to load it.
+        manifest: of the bundle, with both precisions.
+        precision: the variant.
+        samples: audio, float32 [n] each at the model's rate.
+        speech: labelled utterances, or none.
+    """
+    return compare_with_float32(bundle, manifest, {"precision": precision}, samples, speech)
+
+
+def compare_with_float32(
+    bundle: Path, manifest: Manifest, choices: Mapping[str, Any], samples: Samples, speech: Sequence[Utterance]
+) -> VariantReport:
+    """Decodes with float32 on the CPU, and with a bundle that is loaded otherwise.
+
+    Args:
+        bundle: its files.
+        manifest: of the bundle.
+        choices: how `Transcriber.load` shall load it.
         samples: audio, float32 [n] each at the model's rate.
         speech: labelled utterances, or none.
     """
     (exact, exact_wrong), (other, other_wrong) = (
-        _decode(bundle, manifest, choices, samples, speech) for choices in ({"precision": "fp32"}, variant)
+        _decode(bundle, manifest, chosen, samples, speech) for chosen in ({"precision": "fp32"}, choices)
     )
     words = sum(len(_words(utterance.text)) for utterance in speech)
     return VariantReport(

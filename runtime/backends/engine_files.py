@@ -60,6 +60,10 @@ class EngineLimits:
     max_rows: int = 26  # the base and its adapters
     max_rank: int = 64  # of any adapter
 
+    def covering(self, batch: int = 1, rows: int = 1, rank: int = 1) -> EngineLimits:
+        """Limits that take these sizes too."""
+        return EngineLimits(max(self.max_batch, batch), max(self.max_rows, rows), max(self.max_rank, rank))
+
 
 @dataclass(frozen=True)
 class EngineRecord:
@@ -148,7 +152,8 @@ def check_engine(bundle: Path, manifest: Manifest, name: str, use: EngineUse) ->
     """
     record = read_record(bundle, manifest, name)
     if problems := list(_mismatches(manifest, record, use)):
-        command = _command(bundle, use.library, use.target, use.precision, _room(record, use))
+        limits = record.limits.covering(use.batch, use.rows, use.rank)
+        command = _command(bundle, use.library, use.target, use.precision, limits)
         raise BackendError(f"Engine {name} does not fit: {'; '.join(problems)}. Build one that does: {command}")
     return record
 
@@ -194,14 +199,6 @@ def _mismatches(manifest: Manifest, record: EngineRecord, use: EngineUse) -> Ite
             yield f"it takes up to {largest} {what}, {wanted_size} are wanted"
     if stale := [file for file, sha256 in record.sources.items() if manifest.files.get(file) != sha256]:
         yield f"it was built from other files than the bundle has now ({', '.join(stale)})"
-
-
-def _room(record: EngineRecord, use: EngineUse) -> EngineLimits:
-    """Limits of an engine that replaces this one."""
-    limits = record.limits
-    return EngineLimits(
-        max(limits.max_batch, use.batch), max(limits.max_rows, use.rows), max(limits.max_rank, use.rank)
-    )
 
 
 def _parts(name: str) -> tuple[str, str, str]:
