@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from das_asr.export.engine_profiles import Profile
+from das_asr.runtime.backends.engine_profiles import Profile
 from das_asr.runtime.backends.tensorrt_library import Library, load_library
 from das_asr.runtime.errors import DasError, ExportError
 from das_asr.runtime.manifest import from_plain

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from das_asr.export.engine_process import run_build
-from das_asr.export.engine_profiles import Profile, decoder_profiles, encoder_profiles, longest_prompt
 from das_asr.export.engine_worker import BuildJob
 from das_asr.export.options import EngineOptions
 from das_asr.export.staging import remove_leftovers, replacing
 from das_asr.runtime.backends.cuda_device import gpu_target
 from das_asr.runtime.backends.engine_files import (
+    CACHE_FOLDER,
     DECODER_ENGINE,
     ENCODER_ENGINE,
     ENGINE_RECORD,
@@ -35,6 +35,7 @@ from das_asr.runtime.backends.engine_files import (
     engine_name,
     read_record,
 )
+from das_asr.runtime.backends.engine_profiles import Profile, decoder_profiles, encoder_profiles, longest_prompt
 from das_asr.runtime.backends.tensorrt_library import Library, load_library
 from das_asr.runtime.contract import (
     DECODER_FILE,
@@ -46,10 +47,7 @@ from das_asr.runtime.contract import (
 from das_asr.runtime.errors import BackendError, BundleError, ExportError, OptionError
 from das_asr.runtime.manifest import EngineEntry, Manifest, check_files, read_manifest, sha256_of, write_manifest
 
-__all__ = ["CACHE_FOLDER", "alone_in", "build_engines", "check_targets"]
-
-CACHE_FOLDER = "cache"
-"""What makes building and loading faster, and may be deleted at any time."""
+__all__ = ["alone_in", "build_engines", "check_targets"]
 
 _log = logging.getLogger(__name__)
 

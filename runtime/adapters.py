@@ -29,6 +29,7 @@ __all__ = [
     "largest_rank",
     "load_adapter",
     "modules_of",
+    "read_stack",
     "save_adapter",
     "select_rows",
     "stack_adapters",
@@ -217,6 +218,16 @@ def _place(row: Array, key: str, weight: Array) -> None:
         row[:, : weight.shape[0]] = weight.reshape(-1, heads, size).transpose(1, 0, 2)
     else:
         row[: weight.shape[0]] = weight
+
+
+def read_stack(directory: Path, names: Sequence[str], dims: Dimensions) -> Stack:
+    """Adapters of a bundle, by name, stacked.
+
+    Raises:
+        BundleError: a file is missing or damaged, or does not fit `dims`.
+    """
+    paths = {name: directory / "adapters" / f"{name}.safetensors" for name in names}
+    return stack_adapters([load_adapter(path, name, dims) for name, path in paths.items()], dims)
 
 
 def select_rows(stack: Stack, names: Iterable[str]) -> Stack:

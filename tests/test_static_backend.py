@@ -16,7 +16,7 @@ from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidat
 from das_asr.runtime.adapter_sets import AdapterSets
 from das_asr.runtime.backends import BackendOptions, create_backend
 from das_asr.runtime.backends.memory import Buffer, HostMemory
-from das_asr.runtime.backends.onnxruntime_static import load_backend, open_graphs
+from das_asr.runtime.backends.onnxruntime_static import load_backend, on_both, open_graphs
 from das_asr.runtime.backends.placement import CPU
 from das_asr.runtime.backends.runner import attended_slots
 from das_asr.runtime.backends.static import StaticBackend, cast_to
@@ -68,7 +68,7 @@ class CountingMemory(HostMemory):
 
 
 def static_backend(bundle: Path, memory: HostMemory | None = None) -> StaticBackend:
-    return open_graphs(bundle, read_manifest(bundle), OPTIONS, memory or HostMemory(), {CPU: {}})
+    return open_graphs(bundle, read_manifest(bundle), OPTIONS, memory or HostMemory(), on_both({CPU: {}}))
 
 
 def open_static(bundle: Path, memory: HostMemory | None = None) -> Transcriber:

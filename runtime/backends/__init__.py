@@ -91,7 +91,15 @@ def create_backend(
 
 def _create(name: str, directory: Path, manifest: Manifest, options: BackendOptions, precision: str | None) -> Backend:
     """Imports the file of a backend, which imports its engine."""
+    if name == "tensorrt":
+        from das_asr.runtime.backends import tensorrt
+
+        return tensorrt.load_backend(directory, manifest, options, precision)
     graphs = manifest.graphs(directory, precision)
+    if name == "ort-tensorrt":
+        from das_asr.runtime.backends import ort_tensorrt
+
+        return ort_tensorrt.load_backend(directory, graphs, manifest, options)
     if name == "onnxruntime" and options.kind == "cpu":
         from das_asr.runtime.backends.onnxruntime import OnnxRuntimeBackend
 

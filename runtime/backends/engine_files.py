@@ -22,6 +22,7 @@ from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Manifest, from_plain
 
 __all__ = [
+    "CACHE_FOLDER",
     "DECODER_ENGINE",
     "ENCODER_ENGINE",
     "ENGINES_FOLDER",
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 ENGINES_FOLDER = "engines"
+CACHE_FOLDER = "cache"
+"""What makes building and loading faster, in a bundle; it may be deleted at any time."""
 ENGINE_RECORD = "engine.json"
 ENCODER_ENGINE = "encoder.engine"
 DECODER_ENGINE = "decoder.engine"

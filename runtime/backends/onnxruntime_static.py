@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from das_asr.runtime.adapters import Stack
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.memory import Buffer, HostMemory, Memory
 from das_asr.runtime.backends.placement import CPU, CUDA, fallen_back
@@ -24,7 +25,16 @@ from das_asr.runtime.contract import ALONE, DECODER_STATIC_FILE, ENCODER_FILE, D
 from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Manifest
 
-__all__ = ["OnnxBound", "OnnxProgram", "Providers", "cuda_options", "load_backend", "open_graphs", "refuse_strays"]
+__all__ = [
+    "OnnxBound",
+    "OnnxProgram",
+    "Providers",
+    "cuda_options",
+    "load_backend",
+    "on_both",
+    "open_graphs",
+    "refuse_strays",
+]
 
 Providers = Mapping[str, Mapping[str, str]]
 
@@ -105,12 +115,18 @@ def load_backend(graphs: Path, manifest: Manifest, options: BackendOptions) -> S
         BundleError: the bundle has no graph with the static cache.
     """
     if options.kind == "cpu":
-        return open_graphs(graphs, manifest, options, HostMemory(), {CPU: {}})
+        return open_graphs(graphs, manifest, options, HostMemory(), on_both({CPU: {}}))
     require_provider(CUDA)
     from das_asr.runtime.backends.cuda_memory import CudaMemory
 
     memory = CudaMemory(options.device_id)
-    return open_graphs(graphs, manifest, options, memory, {CUDA: cuda_options(memory.stream, options), CPU: {}})
+    providers = on_both({CUDA: cuda_options(memory.stream, options), CPU: {}})
+    return open_graphs(graphs, manifest, options, memory, providers)
+
+
+def on_both(providers: Providers) -> dict[str, Providers]:
+    """The same providers for both graphs."""
+    return {ENCODER_FILE: providers, DECODER_STATIC_FILE: providers}
 
 
 def cuda_options(stream: int, options: BackendOptions) -> dict[str, str]:
@@ -125,25 +141,40 @@ def cuda_options(stream: int, options: BackendOptions) -> dict[str, str]:
 
 
 def open_graphs(
-    graphs: Path, manifest: Manifest, options: BackendOptions, memory: Memory, providers: Providers
+    graphs: Path,
+    manifest: Manifest,
+    options: BackendOptions,
+    memory: Memory,
+    providers: Mapping[str, Providers],
+    stack: Stack | None = None,
 ) -> StaticBackend:
-    """Opens both graphs and, where another provider than the CPU's is asked for, makes sure that it runs them."""
+    """Opens both graphs and, where another provider than the CPU's is asked for, makes sure that it runs them.
+
+    Args:
+        graphs: folder of a precision.
+        manifest: of the bundle.
+        options: of the backend.
+        memory: where the graphs' tensors lie.
+        providers: of each graph file.
+        stack: the bundle's adapters, where the graphs' own copy of them is not to be used.
+    """
     path = graphs / DECODER_STATIC_FILE
     if not path.is_file():
         raise BundleError(f"{graphs} has no {DECODER_STATIC_FILE}, which this needs. Export the bundle again.")
-    watched = list(providers) != [CPU]
+    watched = list(providers[path.name]) != [CPU]
     with tempfile.TemporaryDirectory() as folder:
         encoder, decoder = (
             OnnxProgram(
-                open_session(file, options, providers, profile=f"{folder}/{file.stem}" if watched else None),
+                open_session(file, options, providers[file.name], profile=f"{folder}/{file.stem}" if watched else None),
                 memory,
                 cuda_graphs=options.cuda_graphs and file == path,
             )
             for file in (graphs / ENCODER_FILE, path)
         )
         alone = ALONE in encoder.session.get_modelmeta().custom_metadata_map
-        carried = (manifest.rows, max((adapter.rank for adapter in manifest.adapters), default=1))
-        backend = StaticBackend(memory, Graphs(encoder, decoder, decoder.dtype, alone), manifest.dimensions, carried)
+        own = (manifest.rows, max((adapter.rank for adapter in manifest.adapters), default=1))
+        programs = Graphs(encoder, decoder, decoder.dtype, alone)
+        backend = StaticBackend(memory, programs, manifest.dimensions, stack or own)
         if watched:
             backend.warm_up(backend.load_stack(None))
             profiles = [Path(program.session.end_profiling()) for program in (encoder, decoder)]

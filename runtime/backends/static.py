@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,14 @@ class Graphs:
     Attributes:
         dtype: of adapters, cross tensors and caches.
         alone: whether the encoder must be run on one utterance at a time, see `contract.ALONE`.
+        check: raises a BackendError if so many utterances, rows or ranks are more than the graphs take.
     """
 
     encoder: Program
     decoder: Program
     dtype: DType
     alone: bool
+    check: Callable[[int, int, int], None] = lambda *_: None
 
 
 class StaticBackend:
@@ -82,6 +84,7 @@ class StaticBackend:
         wanted = self._carried if stack is None else stack
         if isinstance(wanted, tuple):
             return self._stack(*wanted, {})
+        self._graphs.check(1, wanted.rows, wanted.rank)
         with self._lock:
             tensors = {name: self._upload(array) for name, array in wanted.tensors.items()}
         return self._stack(wanted.rows, wanted.rank, tensors)
@@ -90,6 +93,7 @@ class StaticBackend:
         """Runs the encoder on features [B, mels, frames], into a workspace of its own."""
         assert isinstance(stack, StaticStack)
         count = len(features)
+        self._graphs.check(count, stack.rows, stack.rank)
         with self._lock:
             lease = stack.pool.lease(count)
             workspace = lease.runner.workspace
@@ -117,6 +121,7 @@ class StaticBackend:
     def open_slots(self, stack: LoadedStack, capacity: int) -> StaticSlots:
         """A workspace with places for all of them."""
         assert isinstance(stack, StaticStack)
+        self._graphs.check(capacity, stack.rows, stack.rank)
         with self._lock:
             return StaticSlots(self._lock, stack.pool.lease(capacity))
 
