@@ -13,7 +13,7 @@ from das_asr.runtime.errors import OptionError
 
 __all__ = ["ENGINE_PRECISIONS", "PRECISIONS", "AdapterSource", "EngineOptions", "ExportOptions"]
 
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4", "fp16", "bf16")
 ENGINE_PRECISIONS = ("fp16", "fp32", "bf16")
 
 _TARGET = re.compile(r"sm\d{2,3}")

@@ -1,4 +1,4 @@
-"""Precision variants: the graphs of a bundle once more, with smaller weights, in a folder of their own.
+"""Quantised variants: the graphs of a bundle once more, with 8- or 4-bit weights, in a folder of their own.
 
     write_variant(Path("bundle"), "int8", dims)   # bundle/int8/encoder.onnx, bundle/int8/decoder.onnx
 

@@ -51,6 +51,9 @@ def print_parity(parity: Mapping[str, ParityReport]) -> None:
 def print_variants(variants: Mapping[str, VariantReport]) -> None:
     """How the precisions differ from float32."""
     for precision, report in variants.items():
+        if report.not_compared is not None:
+            click.echo(f"Precision {precision}: not compared with fp32, for {report.not_compared}")
+            continue
         line = (
             f"Precision {precision}: {report.tokens_differing} of {report.tokens_compared} tokens "
             f"({report.disagreement:.1%}) other than with fp32"

@@ -14,12 +14,13 @@ import pytest
 
 from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber, Transcription
 from das_asr.runtime.adapter_sets import AdapterSets
+from das_asr.runtime.adapters import Stack
 from das_asr.runtime.backends import BackendOptions, create_backend
 from das_asr.runtime.backends.memory import Buffer, HostMemory
 from das_asr.runtime.backends.onnxruntime_static import load_backend, on_both, open_graphs
 from das_asr.runtime.backends.placement import CPU
 from das_asr.runtime.backends.runner import attended_slots
-from das_asr.runtime.backends.static import StaticBackend, cast_to
+from das_asr.runtime.backends.static import StaticBackend, adapter_tensors
 from das_asr.runtime.decoding import Prompt, decode
 from das_asr.runtime.job import Job
 from das_asr.runtime.manifest import read_manifest
@@ -213,12 +214,14 @@ def test_attended_slots_are_few_numbers(needed: int, slots: int, read: int) -> N
     assert attended_slots(needed, slots) == read
 
 
-def test_half_precision_is_rounded_as_elsewhere() -> None:
+def test_adapters_are_rounded_as_elsewhere() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    values = np.random.default_rng(0).normal(0, 3, (50, 7)).astype(np.float32)
-    assert np.array_equal(cast_to(values, "bfloat16"), values.astype(ml_dtypes.bfloat16).view(np.uint16))
-    assert np.array_equal(cast_to(values, "float16"), values.astype(np.float16))
-    assert cast_to(values, "float32") is values
+    values = np.random.default_rng(0).normal(0, 3, (2, 50, 7)).astype(np.float32)
+    stack = Stack(("music",), 7, {"lora_sq_a0": values})
+    bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert np.array_equal(adapter_tensors(stack, "bfloat16")["lora_sq_a0"], bits)
+    assert np.array_equal(adapter_tensors(stack, "float16")["lora_sq_a0"], values.astype(np.float16))
+    assert adapter_tensors(stack, "float32")["lora_sq_a0"] is values
 
 
 # --- Errors ---

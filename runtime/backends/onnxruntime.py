@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from das_asr.runtime.adapters import Stack
+from das_asr.runtime.adapters import Stack, rounded_tensors
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
 from das_asr.runtime.backends.huge_pages import HugePages
@@ -29,11 +29,16 @@ from das_asr.runtime.contract import (
     encoder_inputs,
     encoder_outputs,
 )
+from das_asr.runtime.errors import BackendError
 from das_asr.runtime.manifest import Dimensions, Manifest
 
 __all__ = ["Binding", "OnnxRuntimeBackend", "OnnxRuntimeBatch", "OnnxRuntimeSlots"]
 
 _HOST = ("cpu", 0)
+_ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
 _STEP_OUTPUTS = ("row", "candidate", "logprob")
 
 
@@ -95,6 +100,7 @@ class OnnxRuntimeBackend:
         pages = HugePages() if options.huge_pages else None
         self._encoder = open_session(directory / ENCODER_FILE, options, {CPU: {}})
         self._decoder = open_session(directory / DECODER_FILE, options, {CPU: {}})
+        self._dtype = _cache_type(self._decoder)
         self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
         if pages is not None:
             pages.advise()
@@ -103,7 +109,8 @@ class OnnxRuntimeBackend:
         """Puts adapters on the device; None is the stack that the graphs carry, which needs no memory of its own."""
         if stack is None:
             return LoadedStack(self._rows, {})
-        return LoadedStack(stack.rows, {name: _to_device(tensor, *_HOST) for name, tensor in stack.tensors.items()})
+        tensors = rounded_tensors(stack, self._dtype)
+        return LoadedStack(stack.rows, {name: _to_device(tensor, *_HOST) for name, tensor in tensors.items()})
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
@@ -133,7 +140,7 @@ class OnnxRuntimeBackend:
         for name, array in control.feeds().items():
             binding.place(name, array)
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
-        empty = _to_device(np.zeros(shape, np.float32), *_HOST)
+        empty = _to_device(np.zeros(shape, self._dtype), *_HOST)
         return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty))
 
     def open_slots(self, stack: LoadedStack, capacity: int) -> OnnxRuntimeSlots:
@@ -221,6 +228,17 @@ class OnnxRuntimeSlots:
         for name, array in arrays.items():
             self._binding.place(name, array)
         self._changed = False
+
+
+def _cache_type(decoder: Any) -> np.dtype[Any]:
+    """What a graph holds its caches in, and with them adapters and cross tensors."""
+    (found,) = (item.type for item in decoder.get_inputs() if item.name == "past_k0")
+    if found not in _ELEMENT_TYPES:
+        raise BackendError(
+            f"The graphs hold their caches as {found}; this backend takes {', '.join(_ELEMENT_TYPES)}. "
+            "Load another precision, such as precision='fp32'."
+        )
+    return _ELEMENT_TYPES[found]
 
 
 def _to_device(array: NDArray[Any], device: str, device_id: int) -> Any:

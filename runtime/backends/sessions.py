@@ -58,6 +58,11 @@ def open_session(
         require_provider(provider)
     try:
         session = onnxruntime.InferenceSession(path, settings, providers=[(p, dict(o)) for p, o in providers.items()])
+    except engine.NotImplemented as error:
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot compute {path} on device {options.device!r}: {error}. "
+            "Load another precision, such as precision='fp32'; bf16 needs a GPU."
+        ) from error
     except ENGINE_ERRORS as error:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path} on device {options.device!r}: {error}. "

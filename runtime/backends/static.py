@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.runtime.adapters import Stack
+from das_asr.runtime.adapters import Stack, rounded_tensors
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
 from das_asr.runtime.backends.memory import Buffer, Memory
 from das_asr.runtime.backends.runner import Lease, Pool, Program, Runner, Turn
@@ -28,7 +28,7 @@ from das_asr.runtime.backends.workspace import CONTROL, Workspace
 from das_asr.runtime.contract import RULE_CODES, DType
 from das_asr.runtime.manifest import Dimensions
 
-__all__ = ["Graphs", "StaticBackend", "StaticBatch", "StaticEncoded", "StaticSlots", "StaticStack", "cast_to"]
+__all__ = ["Graphs", "StaticBackend", "StaticBatch", "StaticEncoded", "StaticSlots", "StaticStack", "adapter_tensors"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ class StaticBackend:
         if isinstance(wanted, tuple):
             return self._stack(*wanted, {})
         self._graphs.check(1, wanted.rows, wanted.rank)
+        arrays = adapter_tensors(wanted, self._graphs.dtype)
         with self._lock:
-            tensors = {name: self._upload(array) for name, array in wanted.tensors.items()}
+            tensors = {name: self._upload(array) for name, array in arrays.items()}
         return self._stack(wanted.rows, wanted.rank, tensors)
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> StaticEncoded:
@@ -149,9 +150,9 @@ class StaticBackend:
             self._memory.close()
             del self._graphs
 
-    def _upload(self, array: NDArray[np.float32]) -> Buffer:
+    def _upload(self, array: NDArray[Any]) -> Buffer:
         buffer = self._memory.allocate(array.shape, self._graphs.dtype)
-        self._memory.write(buffer, cast_to(array, self._graphs.dtype))
+        self._memory.write(buffer, array)
         return buffer
 
     def _stack(self, rows: int, rank: int, tensors: Mapping[str, Buffer]) -> StaticStack:
@@ -246,11 +247,18 @@ def _unpadded(
     return position + pads, prompt_last, moved
 
 
-def cast_to(array: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
-    """Float32 in the dtype of the graphs; bfloat16, which NumPy lacks, as its bits."""
-    if dtype == "float32":
-        return array
-    if dtype == "float16":
-        return array.astype(np.float16)
+def adapter_tensors(stack: Stack, dtype: DType) -> dict[str, NDArray[Any]]:
+    """The tensors of a stack in the dtype of the graphs; bfloat16, which NumPy lacks, as its bits.
+
+    Raises:
+        AdapterError: an adapter has values beyond its range.
+    """
+    if dtype == "bfloat16":
+        return {name: _bfloat16(tensor) for name, tensor in stack.tensors.items()}
+    return rounded_tensors(stack, np.dtype(dtype))
+
+
+def _bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper half of the bits, rounded to the nearest, ties to even."""
     bits = np.ascontiguousarray(array).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to the nearest, ties to even
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
