@@ -81,14 +81,19 @@ def texts(results: list[Transcription]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def growing(demo_bundle: Path) -> Iterator[Transcriber]:
-    with Transcriber.load(demo_bundle, threads=1) as transcriber:
+def bundle(tmp_path_factory: pytest.TempPathFactory, demo_base: Path, demo_adapters: dict[str, Path]) -> Path:
+    return make_bundle(demo_base, demo_adapters, tmp_path_factory.mktemp("static") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def growing(bundle: Path) -> Iterator[Transcriber]:
+    with Transcriber.load(bundle, threads=1) as transcriber:
         yield transcriber
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["in turn", "ahead"])
-def static(request: pytest.FixtureRequest, demo_bundle: Path) -> Iterator[Transcriber]:
-    with open_static(demo_bundle, HostMemory(ahead=request.param)) as transcriber:
+def static(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Transcriber]:
+    with open_static(bundle, HostMemory(ahead=request.param)) as transcriber:
         yield transcriber
 
 
@@ -109,16 +114,16 @@ def test_one_utterance_and_a_batch(
         assert ours.no_speech_prob == pytest.approx(theirs.no_speech_prob, abs=1e-4)
 
 
-def test_prompts_of_different_length_share_a_batch(demo_bundle: Path, demo_audio: Clips) -> None:
+def test_prompts_of_different_length_share_a_batch(bundle: Path, demo_audio: Clips) -> None:
     """Left-padded as the loop makes them; a static cache holds them without padding."""
-    manifest = read_manifest(demo_bundle)
-    tokenizer = Tokenizer.from_file(demo_bundle / "tokenizer.json", manifest.tokens)
+    manifest = read_manifest(bundle)
+    tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
     features = np.random.default_rng(0).normal(
         0, 1, (3, manifest.dimensions.mels, manifest.dimensions.frames)
     ).astype(np.float32)  # fmt: skip
     written = []
-    for backend in (create_backend("onnxruntime", demo_bundle, manifest, OPTIONS), static_backend(demo_bundle)):
-        adapters = AdapterSets(backend, manifest, demo_bundle).get(None)
+    for backend in (create_backend("onnxruntime", bundle, manifest, OPTIONS), static_backend(bundle)):
+        adapters = AdapterSets(backend, manifest, bundle).get(None)
         plan = Job(manifest, tokenizer, adapters, DecodingOptions(language="en", max_tokens=20), 3).plan()
         (ids, start), (long_ids, long_start) = (tokenizer.prompt("en", "transcribe", text, 60) for text in (None, "so"))
         prompts = [Prompt(tuple(ids), start), Prompt(tuple(long_ids), long_start), Prompt(tuple(ids), start)]
@@ -162,12 +167,12 @@ def test_adapters_are_swapped_while_loaded(
         assert texts(transcriber.transcribe_batch(clips)) == texts(expected)
 
 
-def test_utterances_can_be_decoded_twice(demo_bundle: Path, growing: Transcriber) -> None:
+def test_utterances_can_be_decoded_twice(bundle: Path, growing: Transcriber) -> None:
     """Two batches of the same encoded utterances, a step each in turns."""
-    backend = static_backend(demo_bundle, HostMemory(ahead=True))
+    backend = static_backend(bundle, HostMemory(ahead=True))
     manifest = growing.manifest
-    adapters = AdapterSets(backend, manifest, demo_bundle).get(None)
-    tokenizer = Tokenizer.from_file(demo_bundle / "tokenizer.json", manifest.tokens)
+    adapters = AdapterSets(backend, manifest, bundle).get(None)
+    tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
     plan = Job(manifest, tokenizer, adapters, DecodingOptions(language="en", no_speech_threshold=None), 1).plan()
     dims = manifest.dimensions
     features = np.random.default_rng(1).normal(0, 1, (1, dims.mels, dims.frames)).astype(np.float32)
@@ -183,9 +188,9 @@ def test_utterances_can_be_decoded_twice(demo_bundle: Path, growing: Transcriber
 # --- Memory ---
 
 
-def test_requests_use_the_same_memory_again(demo_bundle: Path, demo_audio: Clips) -> None:
+def test_requests_use_the_same_memory_again(bundle: Path, demo_audio: Clips) -> None:
     memory = CountingMemory()
-    with open_static(demo_bundle, memory) as transcriber:
+    with open_static(bundle, memory) as transcriber:
         for size in (1, 3, 4):
             transcriber.transcribe_batch([demo_audio[0][0]] * size)
         allocated = memory.allocated
@@ -198,9 +203,9 @@ def test_requests_use_the_same_memory_again(demo_bundle: Path, demo_audio: Clips
         assert memory.allocated == allocated + two
 
 
-def test_too_little_memory_is_an_error_of_one_request(demo_bundle: Path, demo_audio: Clips) -> None:
+def test_too_little_memory_is_an_error_of_one_request(bundle: Path, demo_audio: Clips) -> None:
     memory = CountingMemory()
-    with open_static(demo_bundle, memory) as transcriber:
+    with open_static(bundle, memory) as transcriber:
         expected = transcriber.transcribe(demo_audio[0][0]).text
         memory.limit = 2 * memory.allocated
         with pytest.raises(BackendError, match="Out of memory"):
@@ -235,9 +240,9 @@ def test_a_bundle_without_the_static_graph_is_refused(demo_base: Path, tmp_path:
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "ort-tensorrt"])
-def test_gpu_backends_need_a_gpu(demo_bundle: Path, backend: str) -> None:
+def test_gpu_backends_need_a_gpu(bundle: Path, backend: str) -> None:
     with pytest.raises(OptionError, match=f"backend='{backend}' runs on GPUs only, device is 'cpu'"):
-        Transcriber.load(demo_bundle, backend=backend)
+        Transcriber.load(bundle, backend=backend)
 
 
 def test_the_cuda_runtime_has_every_call_and_says_what_is_missing(repo: Path) -> None:

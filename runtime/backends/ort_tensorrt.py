@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from das_asr.runtime.adapters import read_stack
 from das_asr.runtime.backends import BackendOptions
-from das_asr.runtime.backends.cuda_memory import CudaMemory
 from das_asr.runtime.backends.engine_files import CACHE_FOLDER, EngineLimits
 from das_asr.runtime.backends.engine_profiles import Profile, decoder_profiles, encoder_profiles
-from das_asr.runtime.backends.onnxruntime_static import cuda_options, open_graphs
 from das_asr.runtime.backends.placement import CPU, CUDA, TENSORRT
-from das_asr.runtime.backends.sessions import require_provider
-from das_asr.runtime.backends.static import StaticBackend
 from das_asr.runtime.contract import DECODER_STATIC_FILE, ENCODER_FILE, encoder_inputs, static_decoder_inputs
 from das_asr.runtime.errors import BackendError
 from das_asr.runtime.manifest import Manifest
+
+if TYPE_CHECKING:
+    from das_asr.runtime.backends.static import StaticBackend
 
 __all__ = ["load_backend", "profiles", "tensorrt_options"]
 
@@ -38,7 +38,12 @@ def load_backend(directory: Path, graphs: Path, manifest: Manifest, options: Bac
         BackendError: a package, the provider or the GPU is missing, or nodes fell back to the CPU.
         BundleError: the bundle has no graph with the static cache.
     """
+    from das_asr.runtime.backends.onnxruntime_static import cuda_options, open_graphs
+    from das_asr.runtime.backends.sessions import require_provider
+
     require_provider(TENSORRT)
+    from das_asr.runtime.backends.cuda_memory import CudaMemory
+
     stack = read_stack(directory, [entry.name for entry in manifest.adapters], manifest.dimensions)
     cache = directory / CACHE_FOLDER / f"ort-tensorrt-{graphs.name if graphs != directory else 'fp32'}"
     try:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from das_asr.runtime.adapters import read_stack
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.cuda_device import gpu_target
-from das_asr.runtime.backends.cuda_memory import CudaGraph, CudaMemory
 from das_asr.runtime.backends.engine_files import (
     CACHE_FOLDER,
     DECODER_ENGINE,
@@ -38,6 +37,9 @@ from das_asr.runtime.backends.tensorrt_library import Library, installed_librari
 from das_asr.runtime.contract import DType
 from das_asr.runtime.errors import BackendError
 from das_asr.runtime.manifest import Manifest
+
+if TYPE_CHECKING:
+    from das_asr.runtime.backends.cuda_memory import CudaGraph, CudaMemory
 
 __all__ = ["EngineBound", "EngineProgram", "choose_engine", "load_backend", "open_engine"]
 
@@ -165,6 +167,8 @@ def load_backend(directory: Path, manifest: Manifest, options: BackendOptions, p
         BackendError: TensorRT or the GPU is missing, or no engine fits them.
         BundleError: an engine's file is missing, damaged or foreign.
     """
+    from das_asr.runtime.backends.cuda_memory import CudaMemory
+
     memory = CudaMemory(options.device_id)
     target = gpu_target(options.device_id)
     assert target is not None, "there is a GPU without a compute capability"
