@@ -18,7 +18,7 @@ from das_asr.runtime.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LoopedLora", "SharedRows", "loop_adapters", "share_cross_rows"]
+__all__ = ["LoopedLora", "SharedRows", "adapter_pairs", "loop_adapters", "share_cross_rows"]
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in a checkpoint."""
@@ -73,7 +73,7 @@ def loop_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
         model: A `WhisperForConditionalGeneration`.
         folders: PEFT checkpoints in the order of the rows; all must adapt the same modules.
     """
-    adapters = [dict(_pairs(folder)) for folder in folders]
+    adapters = [dict(adapter_pairs(folder)) for folder in folders]
     names = set().union(*adapters)
     for folder, adapter in zip(folders, adapters, strict=True):
         if missing := sorted(names - adapter.keys()):
@@ -93,7 +93,7 @@ def share_cross_rows(model: Any) -> None:
             attention.v_proj.base_layer = SharedRows(attention.v_proj.base_layer)
 
 
-def _pairs(folder: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+def adapter_pairs(folder: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Module name and (A [D, r], B [r, D]) of every adapted module, the scale folded into B."""
     from safetensors.torch import load_file
 

@@ -65,6 +65,9 @@ AT_MODULE_LEVEL = {
     "training/finetune/hf_trainer.py": {"torch", "transformers"},
     "training/finetune/initial.py": {"torch"},
     "benchmarks/baselines.py": {"torch"},
+    "benchmarks/gpu/clock.py": {"torch"},
+    "benchmarks/gpu/floor.py": {"torch"},
+    "benchmarks/gpu/pytorch.py": {"torch"},
     "benchmarks/lora.py": {"torch"},
     "benchmarks/torchloop.py": {"torch"},
 }

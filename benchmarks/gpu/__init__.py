@@ -1,0 +1,1 @@
+"""The comparison on a GPU: what `gpu_check` measures."""

@@ -1,0 +1,189 @@
+"""The comparison for a GPU: its code runs on the CPU with a small model, and without a GPU it says so and ends well."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from das_asr.benchmarks import gpu_check, machine, models
+from das_asr.benchmarks.baselines import SequentialLora as OneUtterance
+from das_asr.benchmarks.gpu.floor import step_bytes
+from das_asr.benchmarks.gpu.pytorch import paper_rows
+from das_asr.benchmarks.gpu.table import Plan, measure_table
+from das_asr.benchmarks.systems import Work
+from das_asr.benchmarks.torchloop import paper_row
+from das_asr.benchmarks.vocabulary import Vocabulary
+from das_asr.runtime.backends.cuda_device import gpu_target
+from das_asr.runtime.contract import cross_specs, lora_specs
+from das_asr.runtime.errors import OptionError
+from tests.bundles import make_bundle
+from tests.checkpoints import make_base
+
+SMALL = models.RandomShape(
+    d_model=64, layers=2, heads=4, ffn=128, window_seconds=2, text_positions=32,
+    vocabulary=Vocabulary(text_tokens=400, languages=("en", "de")),
+)  # fmt: skip
+SYSTEMS = ("transformers", "sequential-lora", "peft-mixed", "das-onnxruntime")
+TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def quiet(one_torch_thread: None) -> Iterator[None]:
+    with machine.quiet_libraries():
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small base; what is made of it goes into a cache of its own."""
+    folder = tmp_path_factory.mktemp("gpu-check")
+    with pytest.MonkeyPatch.context() as patch, machine.quiet_libraries():
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield models.make_checkpoint(folder / "small", SMALL)
+
+
+@pytest.fixture(scope="module")
+def records(checkpoint: Path) -> list[dict[str, Any]]:
+    plan = Plan(checkpoint, "cpu", ("fp32",), (1, 3), (0, 2), SYSTEMS, rank=4, tokens=TOKENS, repeats=2, warmup=1)
+    return measure_table(plan, [].append)
+
+
+# --- The comparison ---
+
+
+def test_every_system_runs_where_it_has_something_to_do(records: list[dict[str, Any]]) -> None:
+    failed = {(r["system"], r["domains"], r["batch"]) for r in records if "error" in r}
+    assert failed == {("peft-mixed", 0, 1), ("peft-mixed", 0, 3), ("transformers", 2, 1), ("transformers", 2, 3)}
+    assert len(records) == 2 * 2 * len(SYSTEMS)
+    for record in records:
+        if "error" not in record:
+            assert len(record["tokens"]) == TOKENS
+            assert record["total_ms"]["median"] > 0
+            assert record["rtf"] == pytest.approx(record["total_ms"]["median"] / 1e3 / SMALL.window_seconds)
+
+
+@pytest.mark.parametrize("domains", [0, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_write_the_same(records: list[dict[str, Any]], domains: int, batch: int) -> None:
+    written = {
+        record["system"]: record["tokens"]
+        for record in records
+        if (record["domains"], record["batch"]) == (domains, batch) and "error" not in record
+    }
+    assert len(written) == 3
+    assert len(set(map(tuple, written.values()))) == 1, written
+
+
+def test_the_loop_for_batches_writes_what_the_loop_for_one_writes(
+    records: list[dict[str, Any]], checkpoint: Path
+) -> None:
+    from das_asr.benchmarks.audio import window_audio
+
+    adapters = tuple(models.adapter_folders(checkpoint, 4, 2))
+    expected = OneUtterance(Work(checkpoint, adapters, TOKENS)).transcribe(window_audio(checkpoint)).tokens
+    (record,) = (r for r in records if (r["system"], r["domains"], r["batch"]) == ("sequential-lora", 2, 3))
+    assert tuple(record["tokens"]) == expected
+
+
+def test_a_system_that_fails_is_a_record_and_the_others_go_on(checkpoint: Path) -> None:
+    """TensorRT cannot run on a CPU."""
+    systems = ("das-tensorrt", "transformers")
+    plan = Plan(checkpoint, "cpu", ("fp32",), (1,), (0,), systems, tokens=6, repeats=1, warmup=0)
+    failed, ran = measure_table(plan, [].append)
+    assert failed["system"] == "das-tensorrt"
+    assert failed["error"].startswith(("BackendError: ", "OptionError: "))
+    assert (ran["system"], len(ran["tokens"])) == ("transformers", 6)
+
+
+def test_the_rule_on_the_device_is_the_papers() -> None:
+    confidences = np.random.default_rng(0).random((500, 4)).astype(np.float32)
+    confidences[:250] = 0.5 + 0.03 * confidences[:250]  # close enough for the base to win
+    rows = paper_rows(torch.from_numpy(confidences), 0.025).tolist()
+    assert rows == [paper_row(row.tolist(), 0.025) for row in confidences]
+    assert set(rows) == {0, 1, 2, 3}
+
+
+def test_bytes_of_a_step_are_those_of_the_tensors_it_reads(tmp_path: Path) -> None:
+    from das_asr.export.checkpoint import load_checkpoint
+
+    base = make_base(tmp_path / "base")
+    dims = load_checkpoint(base).dimensions
+    read = step_bytes(dims, batch=3, rows=4, rank=5, cached=7, item=4)
+    sizes = {"batch": 3, "rows": 4, "rank": 5}
+    count = lambda spec: int(np.prod([sizes.get(str(size), size) for size in spec.shape]))  # type: ignore[arg-type]  # noqa: E731
+    assert read["cross"] == 4 * sum(map(count, cross_specs(dims)))
+    assert read["lora"] == 4 * sum(count(spec) for spec in lora_specs(dims) if not spec.name.startswith("lora_cv_a"))
+    # The rest of the decoder's file: biases, norms and positions are small, and a step reads one position of the table.
+    weights = (make_bundle(base, {}, tmp_path / "bundle") / "decoder.onnx.data").stat().st_size
+    positions = 4 * dims.text_positions * dims.d_model
+    assert read["layers"] + read["lm_head"] == pytest.approx(weights - positions, rel=0.05)
+
+
+def test_plans_that_make_no_sense() -> None:
+    with pytest.raises(OptionError, match="--system 'abacus' is not one of"):
+        Plan(Path(), "cpu", systems=("abacus",))
+    with pytest.raises(OptionError, match="At least 6 tokens"):
+        Plan(Path(), "cpu", tokens=2)
+
+
+# --- The command ---
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "das_asr.benchmarks.gpu_check", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+
+
+@pytest.mark.skipif(gpu_target() is not None, reason="is about a machine without a GPU")
+def test_without_a_gpu_every_piece_says_so(tmp_path: Path) -> None:
+    done = run("all", "--output", tmp_path / "gpu.json")
+    assert done.returncode == 0, done.stderr
+    pieces = json.loads((tmp_path / "gpu.json").read_text())["pieces"]
+    assert [name.split()[0] for name in pieces] == ["environment", "tests", "floor", "table", "rtx"]
+    for name, outcome in pieces.items():
+        assert outcome["skipped"].startswith("no CUDA device"), name
+        assert f"{name}: skipped: no CUDA device" in done.stderr
+
+
+def test_pieces_add_to_one_file(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    assert run("environment", "--device", "cpu", "--output", output).returncode == 0
+    table = (
+        "--precision",
+        "fp32",
+        "--batch",
+        "1",
+        "--domains",
+        "0",
+        "--repeats",
+        "1",
+        "--warmup",
+        "0",
+        "--tokens",
+        "6",
+    )
+    done = run("table", "--device", "cpu", "--model", checkpoint, "--system", "transformers", *table, "-o", output)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert results["kind"] == "gpu"
+    assert "torch" in results["pieces"]["environment"]["result"]["versions"]
+    (record,) = results["pieces"]["table fp32 batch 1"]["result"]
+    assert (record["system"], len(record["tokens"])) == ("transformers", 6)
+
+
+def test_a_piece_that_fails_is_told_and_does_not_end_the_run(tmp_path: Path) -> None:
+    def broken() -> None:
+        raise ValueError("it broke")
+
+    gpu_check.run_piece(tmp_path / "gpu.json", "trial", "cpu", broken)
+    pieces = json.loads((tmp_path / "gpu.json").read_text())["pieces"]
+    assert pieces["trial"]["failed"] == "ValueError: it broke"
