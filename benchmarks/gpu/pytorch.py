@@ -29,7 +29,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["PYTORCH_SYSTEMS", "Task", "TorchSystem", "paper_rows"]
+__all__ = [
+    "PYTORCH_SYSTEMS",
+    "CompiledGenerate",
+    "Generate",
+    "LoopedRows",
+    "PeftMixed",
+    "PerUtterance",
+    "RowSystem",
+    "SequentialLora",
+    "Task",
+    "TorchSystem",
+    "paper_rows",
+]
 
 TAU = 0.025
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["GPU_SYSTEMS", "Plan", "measure_table"]
+__all__ = ["GPU_SYSTEMS", "Plan", "System", "measure_table"]
 
 GPU_SYSTEMS = (*PYTORCH_SYSTEMS, *OUR_SYSTEMS)
 _BASE_ALONE = ("transformers", "transformers-compiled")

@@ -16,7 +16,9 @@ from typing import Any
 
 __all__ = ["CPU", "CUDA", "TENSORRT", "fallen_back"]
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 
 _SHAPE_BYTES = 1024
 _SIZES = {"int64": 8, "int32": 4, "bool": 1}
