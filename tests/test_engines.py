@@ -158,7 +158,7 @@ def test_what_the_builder_refuses_is_told_and_leaves_nothing(copy: Path) -> None
 
 
 def test_too_little_memory_is_told(bundle: Path) -> None:
-    with pytest.raises(ExportError, match="workspace limit.*give more --workspace"):
+    with pytest.raises(ExportError, match=r"workspace limit.*give more --workspace"):
         build_engines(bundle, options(limits=EngineLimits(64, 65, 64), workspace=1 << 20))
     assert not (bundle / "engines").exists()
 
