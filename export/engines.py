@@ -192,6 +192,10 @@ def _record(manifest: Manifest, library: Library, target: str, options: EngineOp
     own = options.precision != "fp32" and options.precision in manifest.precisions
     files = (ENCODER_FILE, DECODER_STATIC_FILE, *(f"{file}.data" for file in (ENCODER_FILE, DECODER_FILE)))
     read = [f"{options.precision}/{file}" if own else file for file in files]
+    if missing := [file for file in read if file not in manifest.files]:
+        raise BundleError(
+            f"The bundle has no {', '.join(missing)}: an older das-asr exported it. Export it again to build engines."
+        )
     return EngineRecord(
         record_version=RECORD_VERSION,
         library=library.name,
