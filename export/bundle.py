@@ -84,8 +84,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
         ParityError: the exported graphs do not compute what PyTorch computes, an adapter changes nothing, or a
             precision differs too much from float32.
         BackendError: engines are wanted, but TensorRT is not installed or cannot build for a target here.
-        ExportError: the output exists, cannot be written, or the disk is full; the base cannot have a precision;
-            or an engine cannot be built.
+        ExportError: the output exists, cannot be written, or the disk is full; the base cannot have a precision; this
+            ONNX Runtime cannot run the graphs; or an engine cannot be built.
     """
     check_target(options.output, force=options.force)
     if options.engines is not None:

@@ -28,7 +28,7 @@ def run_build(job: BuildJob) -> None:
     Raises:
         ExportError: the builder refuses or breaks down.
     """
-    command = [sys.executable, "-m", "das_asr.export.engine_worker"]
+    command = [sys.executable, "-c", "from das_asr.export.engine_worker import main; main()"]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
         subprocess.Popen(

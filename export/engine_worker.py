@@ -1,10 +1,8 @@
 """Compiles one graph with TensorRT. Runs as a process of its own: a fault in the builder takes its process down.
 
-    python -m das_asr.export.engine_worker < job.json
-
-`engine_process.py` starts it and reads one JSON object per line from its output: `progress`, then `warnings` when all
-is well, or `error`. When its input closes, whoever started it is gone; it then removes the folder it writes to and
-ends.
+`engine_process.py` starts `main`, writes one job to its input and reads one JSON object per line from its output:
+`progress`, then `warnings` when all is well, or `error`. When its input closes, whoever started it is gone; it then
+removes the folder it writes to and ends.
 """
 
 from __future__ import annotations
@@ -57,7 +55,10 @@ def main() -> None:
     def tell(kind: str, content: object) -> None:
         pipe.write(json.dumps({kind: content}) + "\n")
 
-    job = from_plain(BuildJob, json.loads(sys.stdin.readline()), "job")
+    line = sys.stdin.readline()
+    if not line:  # whoever started this was gone before it could say what to build
+        return
+    job = from_plain(BuildJob, json.loads(line), "job")
     threading.Thread(target=_end_when_orphaned, args=(Path(job.engine).parent,), daemon=True).start()
     try:
         tell("warnings", build(job, lambda text: tell("progress", text)))
@@ -187,6 +188,8 @@ def _replace(path: Path, content: bytes) -> None:
 def _inspect(trt: Any, log: Any, engine: Any, path: Path) -> None:
     """Saves what became of the layers beside the engine, as JSON; needs the GPU that the engine is for."""
     opened = trt.Runtime(log).deserialize_cuda_engine(engine)
+    if opened is None:
+        raise ExportError(f"{path.name} was built, but cannot be opened on this GPU: {' '.join(log.errors)}")
     report = opened.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     path.with_suffix(".layers.json").write_text(report, encoding="utf-8")
 
@@ -243,7 +246,3 @@ def _monitor(trt: Any, say: Say) -> Any:
             say(text)
 
     return Monitor()
-
-
-if __name__ == "__main__":
-    main()

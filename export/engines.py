@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,9 @@ def _build(bundle: Path, manifest: Manifest, library: Library, target: str, opti
     _log.info("building %s", name)
     advice = "Engines take about twice the size of their graphs; free some space, or leave out a target."
     with replacing(bundle / ENGINES_FOLDER / name, advice) as folder:
-        graphs = bundle
-        for graph in _graphs(manifest, options):
-            run_build(_job(graph, graphs, folder, bundle, record))
+        with _source(bundle, manifest, options.precision, folder) as graphs:
+            for graph in _graphs(manifest, options):
+                run_build(_job(graph, graphs, folder, bundle, record))
         text = json.dumps(dataclasses.asdict(record), indent=2)
         (folder / ENGINE_RECORD).write_text(text + "\n", encoding="utf-8")
         files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
@@ -169,10 +170,30 @@ def _build(bundle: Path, manifest: Manifest, library: Library, target: str, opti
     return manifest
 
 
+@contextlib.contextmanager
+def _source(bundle: Path, manifest: Manifest, precision: str, folder: Path) -> Iterator[Path]:
+    """Folder with the graphs in the precision: the bundle's own, or made for the time of the build."""
+    if precision in manifest.precisions:
+        yield manifest.graphs(bundle, precision)
+        return
+    from das_asr.export.half import write_half
+
+    _log.info("converting the graphs to %s", precision)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        graphs = Path(scratch) / precision
+        write_half(bundle, precision, manifest.dimensions, graphs)
+        yield graphs
+
+
 def _record(manifest: Manifest, library: Library, target: str, options: EngineOptions) -> EngineRecord:
     """What the engine is going to be built from and for."""
-    read = (ENCODER_FILE, DECODER_STATIC_FILE, *(f"{file}.data" for file in (ENCODER_FILE, DECODER_FILE)))
-    sources = {name: manifest.files[name] for name in read}
+    own = options.precision != "fp32" and options.precision in manifest.precisions
+    files = (ENCODER_FILE, DECODER_STATIC_FILE, *(f"{file}.data" for file in (ENCODER_FILE, DECODER_FILE)))
+    read = [f"{options.precision}/{file}" if own else file for file in files]
+    if missing := [file for file in read if file not in manifest.files]:
+        raise BundleError(
+            f"The bundle has no {', '.join(missing)}: an older das-asr exported it. Export it again to build engines."
+        )
     return EngineRecord(
         record_version=RECORD_VERSION,
         library=library.name,
@@ -182,7 +203,7 @@ def _record(manifest: Manifest, library: Library, target: str, options: EngineOp
         limits=options.limits,
         longest_prompt=longest_prompt(manifest.dimensions),
         workspace=options.workspace or 0,
-        sources=sources,
+        sources={file: manifest.files[file] for file in read},
     )
 
 

@@ -54,6 +54,7 @@ def verify_bundle(path: str | Path, base: str | Path | None = None, device: str 
         CheckpointError: `base` cannot be read.
         ParityError: the graphs do not compute what PyTorch computes, or an engine writes something else than they do.
         BackendError: there are no engines, or this machine cannot run them.
+        ExportError: this ONNX Runtime cannot run the graphs.
     """
     directory = Path(path)
     manifest = read_manifest(directory)

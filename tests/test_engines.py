@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +15,16 @@ from typing import Any
 
 import pytest
 
-from das_asr.export import EngineOptions, build_engines, engine_worker, verify_bundle
-from das_asr.export.engine_check import verify_engines
+from das_asr.export import (
+    AdapterSource,
+    EngineOptions,
+    ExportOptions,
+    build_engines,
+    engine_check,
+    export_bundle,
+    variants,
+    verify_bundle,
+)
 from das_asr.export.engines import alone_in
 from das_asr.runtime.backends.cuda_device import gpu_target
 from das_asr.runtime.backends.engine_files import (
@@ -29,35 +35,20 @@ from das_asr.runtime.backends.engine_files import (
     read_engine_file,
     read_record,
 )
-from das_asr.runtime.backends.tensorrt_library import installed_libraries, load_library
-from das_asr.runtime.contract import encoder_inputs, static_decoder_inputs
-from das_asr.runtime.errors import BackendError, BundleError, ExportError, OptionError
-from das_asr.runtime.manifest import Manifest, read_manifest
+from das_asr.runtime.errors import BackendError, BundleError, ExportError, OptionError, ParityError
+from das_asr.runtime.manifest import Manifest, VariantReport, read_manifest, write_manifest
 from tests.bundles import make_bundle
-from tests.checkpoints import make_adapter, make_base
+from tests.engines import SMALL, make_small_bundle, needs_tensorrt_rtx, no_gpu, options
 
-pytestmark = pytest.mark.skipif(
-    "tensorrt-rtx" not in installed_libraries(), reason="needs the wheels of the extra [tensorrt-rtx]"
-)
-no_gpu = pytest.mark.skipif(gpu_target() is not None, reason="is about a machine without a GPU")
+pytestmark = needs_tensorrt_rtx
 
-SMALL = EngineLimits(max_batch=2, max_rows=4, max_rank=8)
 NAME = "tensorrt-rtx-sm86-fp32"
 FILES = {ENCODER_ENGINE, DECODER_ENGINE, ENGINE_RECORD}
-
-Inode = dict[str, tuple[int, int]]
-
-
-def options(*targets: str, **choices: Any) -> EngineOptions:
-    defaults = {"precision": "fp32", "limits": SMALL, "library": "tensorrt-rtx"}
-    return EngineOptions(targets=targets or ("sm86",), **{**defaults, **choices})
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engines")
-    base = make_base(folder / "base", d_model=32, seconds=2, text_positions=16)
-    return make_bundle(base, {"music": make_adapter(base, folder / "music")}, folder / "bundle")
+    return make_small_bundle(tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +72,7 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "bundle"))
 
 
-def state(bundle: Path) -> Inode:
+def state(bundle: Path) -> dict[str, tuple[int, int]]:
     """Every file with what changes when it is written again."""
     files = (path for path in bundle.rglob("*") if path.is_file())
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
@@ -94,10 +85,8 @@ def leftovers(bundle: Path) -> list[str]:
 # --- Building ---
 
 
-@pytest.mark.parametrize("precision", ["fp32"])
-def test_engines_for_two_gpus(
-    repo: Path, demo_base: Path, demo_adapters: dict[str, Path], tmp_path: Path, precision: str
-) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_engines_for_two_gpus(demo_base: Path, demo_adapters: dict[str, Path], tmp_path: Path, precision: str) -> None:
     bundle = make_bundle(demo_base, demo_adapters, tmp_path / "bundle")
     manifest = build_engines(bundle, EngineOptions(targets=("sm86", "sm89"), precision=precision, workspace=2 << 30))
     names = [f"tensorrt-rtx-{target}-{precision}" for target in ("sm86", "sm89")]
@@ -114,6 +103,40 @@ def test_engines_for_two_gpus(
             assert read_engine_file(bundle, manifest, name, file).startswith(b"vtrt")
     first, second = (manifest.engines[name].files[DECODER_ENGINE] for name in names)
     assert first != second
+
+
+def test_bf16_is_built_where_the_gpu_has_it(copy: Path) -> None:
+    manifest = build_engines(copy, options(precision="bf16"))
+    assert list(manifest.engines) == ["tensorrt-rtx-sm86-bf16", NAME]
+    with pytest.raises(ExportError, match=r"for sm75: .*HW-specific datatypes: b16.*another --precision"):
+        build_engines(copy, options("sm75", precision="bf16"))
+
+
+def test_a_bundles_own_halves_are_what_an_engine_is_built_from(made: Path, tmp_path: Path) -> None:
+    """And `onnx --engine` builds in one go, in the precision that `engine` has by default."""
+    output = tmp_path / "bundle"
+    engines = EngineOptions(targets=("sm86",), limits=EngineLimits(max_rows=1, max_rank=1))
+    export = ExportOptions(
+        base=str(made.parent / "base"),
+        adapters=(AdapterSource("music", made.parent / "music"),),
+        output=output,
+        precisions=("fp32", "fp16"),
+        engines=engines,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "MOST_DIFFERENT", 1.0)  # of random weights: what the halves write is tested elsewhere
+        manifest = export_bundle(export)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    record = read_record(output, manifest, "tensorrt-rtx-sm86-fp16")
+    assert {Path(file).parent.as_posix() for file in record.sources} == {"fp16"}
+    assert record.limits == EngineLimits(max_rows=2, max_rank=4)  # raised to what the bundle itself needs
+    assert build_engines(output, dataclasses.replace(engines, limits=record.limits)) == manifest
+
+
+def test_an_export_that_could_not_build_its_engines_does_not_begin(tmp_path: Path) -> None:
+    engines = EngineOptions(targets=("sm52",), library="tensorrt-rtx")
+    with pytest.raises(BackendError, match="not for sm52"):
+        export_bundle(ExportOptions(base="nowhere", output=tmp_path / "bundle", engines=engines))
 
 
 def test_building_again_changes_nothing(built: Path) -> None:
@@ -158,7 +181,7 @@ def test_what_the_builder_refuses_is_told_and_leaves_nothing(copy: Path) -> None
 
 
 def test_too_little_memory_is_told(bundle: Path) -> None:
-    with pytest.raises(ExportError, match="workspace limit.*give more --workspace"):
+    with pytest.raises(ExportError, match=r"workspace limit.*give more --workspace"):
         build_engines(bundle, options(limits=EngineLimits(64, 65, 64), workspace=1 << 20))
     assert not (bundle / "engines").exists()
 
@@ -171,6 +194,14 @@ def test_a_target_that_cannot_be_built_for_names_what_to_install(bundle: Path) -
     with pytest.raises(BackendError, match=r"builds for .*sm86.*, not for sm90\. Install `das-asr\[tensorrt\]`"):
         build_engines(bundle, options("sm86", "sm90"))
     assert not (bundle / "engines").exists()
+
+
+def test_a_bundle_without_the_static_decoder_is_told(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    files = {name: sha256 for name, sha256 in manifest.files.items() if name != "decoder_static.onnx"}
+    write_manifest(dataclasses.replace(manifest, files=files), bundle)
+    with pytest.raises(BundleError, match=r"no decoder_static\.onnx.*Export it again"):
+        build_engines(bundle, options())
 
 
 def test_limits_hold_the_bundles_own_adapters(bundle: Path) -> None:
@@ -204,155 +235,7 @@ def test_two_do_not_build_at_once(bundle: Path) -> None:
         build_engines(bundle, options())
 
 
-# --- The network ---
-
-
-@pytest.fixture(scope="module")
-def networks(made: Path) -> dict[str, Any]:
-    """Both graphs as TensorRT reads them; the values keep alive what the networks need."""
-    library = load_library("tensorrt-rtx")
-    log = library.module.Logger(library.module.Logger.ERROR)
-    builder = library.module.Builder(log)
-    files = {name: made / f"{name}.onnx" for name in ("encoder", "decoder_static")}
-    parsed = {name: engine_worker.parse_network(library, builder, log, file) for name, file in files.items()}
-    return {name: (network, parser, builder, log) for name, (network, parser) in parsed.items()}
-
-
-def layers(network: Any, kind: str) -> list[Any]:
-    found = (network.get_layer(index) for index in range(network.num_layers))
-    return [layer for layer in found if layer.type.name == kind]
-
-
-def test_adapters_are_inputs(networks: dict[str, Any], made: Path) -> None:
-    dims = read_manifest(made).dimensions
-    for name, specs in (("encoder", encoder_inputs(dims)), ("decoder_static", static_decoder_inputs(dims))):
-        network = networks[name][0]
-        inputs = {network.get_input(index).name for index in range(network.num_inputs)}
-        assert inputs == {spec.name for spec in specs}
-        assert any(name.startswith("lora_") for name in inputs)
-
-
-def test_caches_are_updated_in_place(networks: dict[str, Any], made: Path) -> None:
-    dims = read_manifest(made).dimensions
-    updates = layers(networks["decoder_static"][0], "KV_CACHE_UPDATE")
-    assert len(updates) == 2 * dims.decoder_layers
-    slots = dims.text_positions
-    assert all(
-        tuple(update.get_input(0).shape) == (-1, dims.decoder_heads, slots, dims.head_size) for update in updates
-    )
-
-
-# --- Which TensorRT ---
-
-
-@pytest.fixture
-def as_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on the path of child processes, with the real TensorRT-RTX under the name of its sister."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "tensorrt.py").write_text(
-        "from tensorrt_rtx_bindings import *\nfrom tensorrt_rtx_bindings import __version__\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-    return folder
-
-
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-LOAD = """
-from das_asr.runtime.backends.tensorrt_library import installed_libraries, load_library
-from das_asr.runtime.errors import DasError
-def tell(name):
-    try:
-        library = load_library(name)
-        print(library.name, library.module.__name__)
-    except DasError as error:
-        print(type(error).__name__, error)
-print(*installed_libraries())
-for name in (None, "tensorrt", "tensorrt-rtx"):
-    tell(name)
-"""
-
-
-def test_one_library_is_taken_and_two_must_be_named(as_tensorrt: Path) -> None:
-    installed, unnamed, first, second = python(LOAD).splitlines()
-    assert installed == "tensorrt tensorrt-rtx"
-    assert unnamed.startswith("OptionError tensorrt and tensorrt-rtx are both installed")
-    assert first == "tensorrt tensorrt"
-    assert second.startswith("tensorrt-rtx tensorrt_rtx")
-
-
-def test_a_library_that_is_missing_is_told_with_the_extra() -> None:
-    block = "import sys\nfor name in ('tensorrt', 'tensorrt_rtx', 'tensorrt_rtx_bindings'): sys.modules[name] = None\n"
-    installed, unnamed, *_ = python(block + LOAD).split("\n")
-    assert installed == ""
-    assert unnamed.startswith("BackendError tensorrt or tensorrt-rtx is not installed. Install `das-asr[tensorrt-rtx]`")
-
-
-def test_a_library_that_cannot_be_loaded_is_an_error(as_tensorrt: Path) -> None:
-    (as_tensorrt / "tensorrt.py").write_text("import ctypes\nctypes.CDLL('libnvinfer.so.99')\n")
-    assert "BackendError tensorrt is installed but cannot be loaded: libnvinfer.so.99" in python(LOAD)
-
-
-@no_gpu
-def test_tensorrt_builds_only_where_its_gpu_is(as_tensorrt: Path, bundle: Path) -> None:
-    command = ["das-export", "engine", str(bundle), "--target", "sm90", "--library", "tensorrt"]
-    done = subprocess.run([script(command[0]), *command[1:]], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "builds for the GPU it runs on, and there is none; sm90 was asked for" in done.stderr
-    assert "das-asr[tensorrt-rtx]" in done.stderr
-
-
-def test_timings_are_kept_between_builds(as_tensorrt: Path, bundle: Path, built: Path) -> None:
-    """The path of `tensorrt`, as far as it can be walked without its GPU: the same builder under the other name."""
-    cache = bundle / "cache" / "timings.bin"
-    job = job_of(built, bundle / "encoder.engine", library="tensorrt", timing_cache=str(cache))
-    for _ in range(2):  # the second reads what the first wrote
-        run_job(job)
-        assert cache.stat().st_size > 0
-        assert Path(job.engine).read_bytes().startswith(b"vtrt")
-        Path(job.engine).unlink()
-    cache.write_bytes(b"nonsense")
-    run_job(job)
-    assert cache.read_bytes() != b"nonsense"
-
-
-# --- A process of its own ---
-
-
-def job_of(bundle: Path, engine: Path, **changes: Any) -> engine_worker.BuildJob:
-    """The encoder's job, as `build_engines` makes it."""
-    from das_asr.export import engines
-
-    manifest = read_manifest(bundle)
-    record = engines._record(manifest, load_library("tensorrt-rtx"), "sm86", options())
-    encoder, _ = engines._graphs(manifest, options())
-    job = engines._job(encoder, bundle, engine.parent, bundle, record)
-    return dataclasses.replace(job, engine=str(engine), **changes)
-
-
-def run_job(job: engine_worker.BuildJob) -> None:
-    from das_asr.export.engine_process import run_build
-
-    run_build(job)
-
-
-def test_a_crash_of_the_builder_is_an_error(as_tensorrt: Path, built: Path, tmp_path: Path) -> None:
-    fault = "import os, signal\nos.write(2, b'about to fall')\nos.kill(os.getpid(), signal.SIGSEGV)\n"
-    (as_tensorrt / "tensorrt.py").write_text(fault)
-    with pytest.raises(ExportError, match=r"tensorrt was ended by SIGSEGV while building encoder\.onnx.*about to fall"):
-        run_job(job_of(built, tmp_path / "encoder.engine", library="tensorrt"))
-
-
-def test_what_the_library_prints_does_not_disturb(as_tensorrt: Path, built: Path, tmp_path: Path) -> None:
-    module = as_tensorrt / "tensorrt.py"
-    module.write_text(module.read_text() + "import os\nos.write(1, b'noise on standard output\\n')\nprint('more')\n")
-    run_job(job_of(built, tmp_path / "encoder.engine", library="tensorrt"))
-    assert (tmp_path / "encoder.engine").is_file()
+# --- Killed ---
 
 
 def script(name: str) -> str:
@@ -368,11 +251,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 @pytest.fixture
 def building(bundle: Path) -> Iterator[subprocess.Popen[str]]:
-    """`das-export engine`, once it has begun to write."""
+    """`das-export engine`, in the middle of building."""
     arguments = ["--target", "sm86", "--target", "sm89", "--precision", "fp32"]
     command = [script("das-export"), "engine", str(bundle), *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: bool(list(bundle.glob("engines/.*.partial-*"))))
+        assert process.stderr is not None
+        assert any("Building engine" in line for line in process.stderr)
+        assert list(bundle.glob("engines/.*.partial-*"))
         yield process
         process.kill()
 
@@ -430,11 +315,23 @@ def test_without_a_gpu_an_engine_stays_unverified(copy: Path) -> None:
     assert not read_manifest(copy).engines[NAME].verified
 
 
+@pytest.mark.parametrize(("differing", "verified"), [(3, True), (4, False)])
+def test_the_mark_is_what_was_measured(copy: Path, differing: int, verified: bool) -> None:
+    report = VariantReport(100, differing, 0, None, None)
+    engine_check._mark(copy, NAME, report)
+    entry = read_manifest(copy).engines[NAME]
+    assert (entry.verified, entry.report) == (verified, report)
+    assert build_engines(copy, options()).engines[NAME] == entry  # nothing changed, so the mark stays
+    if not verified:
+        with pytest.raises(ParityError, match=r"4 of 100 tokens .*4\.0%"):
+            engine_check._check(NAME, report)
+
+
 def test_there_must_be_an_engine_to_run(bundle: Path, built: Path) -> None:
     with pytest.raises(BackendError, match="no engines to run"):
-        verify_engines(bundle, "cuda")
+        engine_check.verify_engines(bundle, "cuda")
     with pytest.raises(OptionError, match="engines run on a GPU only"):
-        verify_engines(built, "cpu")
+        engine_check.verify_engines(built, "cpu")
 
 
 @pytest.mark.gpu
@@ -447,7 +344,7 @@ def test_an_engine_for_this_gpu_runs_and_is_marked(
     bundle = make_bundle(demo_base, demo_adapters, tmp_path / "bundle")
     manifest: Manifest = build_engines(bundle, EngineOptions(targets=(target,), precision="fp32"))
     (name,) = manifest.engines
-    report = verify_engines(bundle, "cuda")[name]
+    report = engine_check.verify_engines(bundle, "cuda")[name]
     assert report.tokens_compared > 100
     entry = read_manifest(bundle).engines[name]
     assert (entry.verified, entry.report) == (True, report)

@@ -48,7 +48,8 @@ ENCODER_ENGINE = "encoder.engine"
 DECODER_ENGINE = "decoder.engine"
 RECORD_VERSION = 1
 
-PREFILL_PROFILE, STEP_PROFILE = 0, 1
+PREFILL_PROFILE = 0
+STEP_PROFILE = 1
 """Optimisation profiles of the decoder's engine; the encoder's has one."""
 
 _NAME = re.compile(r"(tensorrt|tensorrt-rtx)-(sm\d{2,3})-([a-z0-9]+)")
