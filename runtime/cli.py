@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from das_asr.runtime.backends import BACKENDS
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import DasError
 from das_asr.runtime.options import SCORES, DecodingOptions
@@ -62,6 +63,9 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 )
 @click.option("--base-bias", type=float, default=0.0, show_default=True, help="In favour of the base's text.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="All but this need a GPU."
+)
 @click.option("--threads", type=int, help="Threads; by default all cores.")
 @click.option("--precision", help="Of the graphs; by default the bundle's first.")
 @click.version_option(package_name="das-asr")
@@ -73,6 +77,7 @@ def main(
     loaded: Sequence[tuple[str, Path]],
     adapters: str | None,
     device: str,
+    backend: str,
     threads: int | None,
     precision: str | None,
     **choices: Any,
@@ -82,7 +87,7 @@ def main(
     options = DecodingOptions(adapters=names, **choices)
     from das_asr.runtime.transcriber import Transcriber  # after the options: a wrong one is told at once
 
-    with Transcriber.load(bundle, device, threads, precision=precision) as transcriber:
+    with Transcriber.load(bundle, device, threads, backend=backend, precision=precision) as transcriber:
         for name, directory in loaded:
             transcriber.load_adapter(name, directory)
         failed = 0
