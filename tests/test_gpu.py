@@ -33,6 +33,9 @@ from das_asr.runtime.scheduler import SchedulerOptions
 from tests.bundles import make_bundle
 from tests.rules import CHOICES
 
+# Where ONNX Runtime's CUDA libraries are not installed beside it, those that PyTorch brings will do, once loaded.
+pytest.importorskip("torch", reason="needs PyTorch")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(gpu_target() is None, reason="there is no CUDA device, or no driver for it"),

@@ -94,17 +94,21 @@ class OnnxBound:
         """See `Bound`.
 
         Raises:
-            BackendError: the device has no memory left for the engine's own tensors.
+            BackendError: the device has no memory left for the engine's own tensors, or a library that it needs is
+                missing there.
         """
         try:
             self._session.run_with_iobinding(self._binding, self._options)
-        except ENGINE_ERRORS as error:
+        except (*ENGINE_ERRORS, RuntimeError) as error:  # what it raises while running is no class of its own
             if "allocate memory" in str(error) or "out of memory" in str(error):
                 raise BackendError(
                     f"ONNX Runtime is out of memory: {error}. Decode fewer utterances at a time or with fewer "
                     "adapters, use a precision of fewer bits, or free the device."
                 ) from error
-            raise
+            raise BackendError(
+                f"ONNX Runtime {onnxruntime.__version__} could not run a graph: {error}. On a GPU, check that the CUDA "
+                "libraries and cuDNN are there (`das-asr[gpu]` brings them), or load another precision."
+            ) from error
 
 
 def load_backend(graphs: Path, manifest: Manifest, options: BackendOptions) -> StaticBackend:

@@ -10,6 +10,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ignore[reportAttributeAccessIssue]
 
 from das_asr.runtime.backends import BackendOptions
+from das_asr.runtime.backends.placement import CPU
 from das_asr.runtime.errors import BackendError
 
 __all__ = ["ENGINE_ERRORS", "open_session", "require_provider"]
@@ -78,7 +79,7 @@ def open_session(
 
 
 def require_provider(provider: str) -> None:
-    """Refuses a provider that this build of the engine lacks.
+    """Refuses a provider that this build of the engine lacks; loads the libraries of one for GPUs.
 
     Raises:
         BackendError: naming those that it has.
@@ -89,3 +90,5 @@ def require_provider(provider: str) -> None:
             f"This build of ONNX Runtime has no {provider} (it has {', '.join(available)}). "
             "Install `das-asr[gpu]` in an environment without `onnxruntime`, or use device='cpu'."
         )
+    if provider != CPU:
+        onnxruntime.preload_dlls()  # where pip puts CUDA's libraries, nobody else looks for them
