@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,8 +60,13 @@ class CountingMemory(HostMemory):
     def __init__(self, *, ahead: bool = True, limit: float = float("inf")) -> None:
         super().__init__(ahead=ahead)
         self.limit, self.allocated = limit, 0
+        self.entered: set[int] = set()
+
+    def enter(self) -> None:
+        self.entered.add(threading.get_ident())
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        assert threading.get_ident() in self.entered
         buffer = super().allocate(shape, dtype)
         if self.allocated + buffer.nbytes > self.limit:
             raise BackendError("Out of memory: the test allows no more.")
@@ -201,6 +207,15 @@ def test_requests_use_the_same_memory_again(bundle: Path, demo_audio: Clips) -> 
         for size in (1, 2, 3, 4) * 5:
             transcriber.transcribe_batch([demo_audio[size][0]] * size, max_tokens=2)
         assert memory.allocated == allocated + two
+
+
+def test_every_thread_makes_the_device_its_own(bundle: Path, demo_audio: Clips) -> None:
+    memory = CountingMemory()
+    with open_static(bundle, memory) as transcriber, ThreadPoolExecutor(1) as pool:
+        pool.submit(transcriber.transcribe, demo_audio[0][0]).result(60)
+        assert memory.entered == {pool.submit(threading.get_ident).result()}
+        transcriber.submit(demo_audio[0][0]).result(60)
+        assert len(memory.entered) == 2  # the scheduler's thread too
 
 
 def test_too_little_memory_is_an_error_of_one_request(bundle: Path, demo_audio: Clips) -> None:

@@ -1,7 +1,7 @@
 """Memory of an NVIDIA GPU: plain allocations, one stream, pinned mailboxes, and graphs of what was queued.
 
 The calls are those of the CUDA runtime, through NVIDIA's `cuda-bindings`; each returns its error first. The current
-device belongs to a thread, so every entry that may come from a new thread sets it.
+device belongs to a thread, hence `enter`.
 """
 
 from __future__ import annotations
@@ -63,12 +63,11 @@ class CudaMemory:
         self._finalizer.atexit = False  # the driver may be gone by then
 
     def enter(self) -> None:
-        """Makes the GPU the calling thread's."""
+        """See `Memory`."""
         check(cuda.cudaSetDevice(self.device_id))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `Memory`."""
-        self.enter()
         size = Buffer(0, shape, dtype, None).nbytes
         block = _Block(size, self._out_of_memory)
         check(cuda.cudaMemsetAsync(block.address, 0, size, self.stream))
@@ -76,7 +75,6 @@ class CudaMemory:
 
     def mailbox(self, inbox: int, outbox: int) -> Mailbox:
         """See `Memory`."""
-        self.enter()
         return _CudaMailbox(self.stream, _pinned(inbox), _pinned(outbox))
 
     def write(self, target: Buffer, array: NDArray[Any]) -> None:

@@ -95,6 +95,10 @@ class Memory(Protocol):
     ahead: bool
     """Whether the host goes on while the device works, so that work can be queued ahead of time."""
 
+    def enter(self) -> None:
+        """Makes the device the calling thread's; before anything else is asked for in a thread."""
+        ...
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Zeroed memory, freed with the last buffer that lies in it.
 
@@ -131,6 +135,9 @@ class HostMemory:
 
     def __init__(self, *, ahead: bool = False) -> None:
         self.ahead = ahead  # of no use here, but the same code runs
+
+    def enter(self) -> None:
+        """See `Memory`."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `Memory`."""

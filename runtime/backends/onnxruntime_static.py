@@ -74,7 +74,7 @@ class OnnxProgram:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             graph = next(self._graph_ids) if repeated and self._cuda_graphs else -1
             options.add_run_config_entry("gpu_graph_id", str(graph))
-        return OnnxBound(self.session, binding, options, list(tensors.values()))
+        return OnnxBound(self.session, binding, options, (self._memory, *tensors.values()))
 
     def _place(self, buffer: Buffer) -> tuple[str, int, Any, tuple[int, ...], int]:
         """Device, its number, element type, shape and address, as `bind_input` takes them."""
@@ -86,9 +86,9 @@ class OnnxProgram:
 class OnnxBound:
     """One IO binding; see `runner.Bound`."""
 
-    def __init__(self, session: Any, binding: Any, options: Any, held: list[Buffer]) -> None:
+    def __init__(self, session: Any, binding: Any, options: Any, held: tuple[object, ...]) -> None:
         self._session, self._binding, self._options = session, binding, options
-        self._held = held  # the binding knows addresses only
+        self._held = held  # the binding knows addresses only, the session its stream
 
     def run(self) -> None:
         """See `Bound`.

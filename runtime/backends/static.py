@@ -28,7 +28,16 @@ from das_asr.runtime.backends.workspace import CONTROL, Workspace
 from das_asr.runtime.contract import RULE_CODES, DType
 from das_asr.runtime.manifest import Dimensions
 
-__all__ = ["Graphs", "StaticBackend", "StaticBatch", "StaticEncoded", "StaticSlots", "StaticStack", "adapter_tensors"]
+__all__ = [
+    "DeviceLock",
+    "Graphs",
+    "StaticBackend",
+    "StaticBatch",
+    "StaticEncoded",
+    "StaticSlots",
+    "StaticStack",
+    "adapter_tensors",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,27 @@ class Graphs:
     check: Callable[[int, int, int], None] = lambda *_: None
 
 
+class DeviceLock:
+    """Keeps the order on a device: one thread at a time, with the device made its own.
+
+    It is never held while somebody waits for an outcome.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self._lock = memory, threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._memory.enter()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class StaticBackend:
     """One bundle on one device; see `base.Backend`."""
 
@@ -77,7 +107,7 @@ class StaticBackend:
                 carry themselves.
         """
         self._memory, self._graphs, self._dims, self._carried = memory, graphs, dims, carried
-        self._lock = threading.Lock()  # of the order on the device; never held while waiting for an outcome
+        self._lock = DeviceLock(memory)
 
     def load_stack(self, stack: Stack | None) -> StaticStack:
         """Puts adapters on the device."""
@@ -168,7 +198,7 @@ class StaticBackend:
 class StaticBatch:
     """B utterances in the decoder; see `base.DecodingBatch`."""
 
-    def __init__(self, lock: threading.Lock, lease: Lease, control: Control) -> None:
+    def __init__(self, lock: DeviceLock, lease: Lease, control: Control) -> None:
         self._lock, self.lease = lock, lease
         self._first_traffic = {name: array.nbytes for name, array in control.feeds().items() if name in CONTROL}
         self._ahead: Turn | None = None
@@ -196,7 +226,7 @@ class StaticBatch:
 class StaticSlots:
     """Utterances that join and leave between runs; see `base.Slots`."""
 
-    def __init__(self, lock: threading.Lock, lease: Lease) -> None:
+    def __init__(self, lock: DeviceLock, lease: Lease) -> None:
         self._lock, self._lease = lock, lease
         self._lengths = np.zeros(0, np.int64)  # cached tokens of each
 
