@@ -7,6 +7,7 @@ every method they have, the real ones have too. What only a GPU can show is in `
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings, of the extra [tensorrt-rtx]")
+trt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the wheels of the extra [tensorrt-rtx]")
+
 from das_asr.runtime import BackendError, Transcriber
 from das_asr.runtime.adapters import read_stack
-from das_asr.runtime.backends import BackendOptions
+from das_asr.runtime.backends import BackendOptions, cuda_memory
+from das_asr.runtime.backends.cuda_memory import CudaMemory
 from das_asr.runtime.backends.engine_files import CACHE_FOLDER, EngineLimits
 from das_asr.runtime.backends.engine_profiles import Profile, decoder_profiles, encoder_profiles
 from das_asr.runtime.backends.memory import Buffer, HostMemory
@@ -38,8 +43,7 @@ from das_asr.runtime.contract import (
 )
 from das_asr.runtime.manifest import EngineEntry, Manifest, read_manifest
 from tests.bundles import make_bundle
-
-trt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the wheels of the extra [tensorrt-rtx]")
+from tests.cuda_stand_in import StandIn
 
 Clips = list[tuple[Path, str, str]]
 LIBRARY = Library("tensorrt-rtx", str(trt.__version__), trt)
@@ -76,7 +80,7 @@ class Context:
         self._memory = (0, 0)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        assert stream == StreamMemory.stream
+        assert stream == self._engine.memory.stream
         self._profile = profile
         return True
 
@@ -102,17 +106,21 @@ class Context:
         self._memory = (address, size)
 
     def is_stream_capturable(self, stream: int) -> bool:
-        return stream == StreamMemory.stream
+        return bool(stream == self._engine.memory.stream)
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self._memory[1] >= SCRATCH
-        assert stream == StreamMemory.stream
-        self._engine.run(self._shapes, self._addresses)
+        assert stream == self._engine.memory.stream
+        shapes, addresses = dict(self._shapes), dict(self._addresses)  # what comes later changes nothing of this run
+        self._engine.queue(lambda: self._engine.run(shapes, addresses))
         return True
 
 
 class Engine:
     """An `ICudaEngine` around an ONNX graph."""
+
+    memory: Any
+    queue: Callable[[Callable[[], None]], None]
 
     def __init__(self, graph: Path, inputs: list[Any], outputs: list[Any], sizes: tuple[Profile, ...]) -> None:
         self._program = OnnxProgram(
@@ -162,19 +170,23 @@ class Engine:
 @dataclasses.dataclass
 class Opened:
     transcriber: Transcriber
-    memory: StreamMemory
+    memory: Any
     encoder: Engine
     decoder: Engine
     programs: tuple[EngineProgram, EngineProgram]
 
 
-def open_engines(bundle: Path, folder: Path, *, cuda_graphs: bool, limits: EngineLimits | None = None) -> Opened:
-    manifest, memory = read_manifest(bundle), StreamMemory()
+def open_engines(
+    bundle: Path, folder: Path, *, cuda_graphs: bool, limits: EngineLimits | None = None, gpu: StandIn | None = None
+) -> Opened:
+    manifest, memory = read_manifest(bundle), StreamMemory() if gpu is None else CudaMemory(0)
     dims, limits = manifest.dimensions, limits or EngineLimits()
     ins, outs = encoder_inputs(dims), encoder_outputs(dims)
     encoder = Engine(bundle / ENCODER_FILE, ins, outs, encoder_profiles(ins, manifest, limits))
     ins, outs = static_decoder_inputs(dims), static_decoder_outputs(dims)
     decoder = Engine(bundle / DECODER_STATIC_FILE, ins, outs, decoder_profiles(ins, manifest, limits))
+    for engine in (encoder, decoder):
+        engine.memory, engine.queue = memory, gpu.queue if gpu is not None else lambda work: work()
     programs = tuple(
         EngineProgram(LIBRARY, engine, memory, folder / CACHE_FOLDER / name, cuda_graphs=cuda_graphs)  # type: ignore[arg-type]
         for engine, name in ((encoder, "encoder"), (decoder, "decoder"))
@@ -218,6 +230,32 @@ def test_engines_write_what_the_graphs_write(
     if cuda_graphs:
         assert opened.memory.launched > 5 * opened.memory.recorded
     assert len(opened.encoder.contexts) == 1
+
+
+def test_engines_on_the_memory_of_a_gpu(
+    bundle: Path, growing: Transcriber, demo_audio: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the CUDA runtime, which does things when it is told to, or when a graph is launched."""
+    gpu = StandIn()
+    monkeypatch.setattr(cuda_memory, "cuda", gpu)
+    clips = [path for path, _, _ in demo_audio[:4]]
+    opened = open_engines(bundle, tmp_path, cuda_graphs=True, gpu=gpu)
+    with opened.transcriber as transcriber:
+        for choice in ({"rule": "hypothesis"}, {"rule": "paper"}, {"adapters": ("sports",)}):
+            assert texts(transcriber.transcribe_batch(clips, **choice)) == texts(
+                growing.transcribe_batch(clips, **choice)
+            )
+        transcriber.transcribe_batch(clips)
+        used = gpu.used
+        for _ in range(5):
+            transcriber.transcribe_batch(clips)
+        assert gpu.used == used
+        served = [future.result(60) for future in [transcriber.submit(clip) for clip in clips]]
+        assert texts(served) == texts([growing.transcribe(clip) for clip in clips])
+    assert gpu.launches > 30
+    del opened, transcriber, served
+    gc.collect()
+    assert (gpu.blocks, gpu.pinned, gpu.handles) == ({}, {}, {})  # all of it was freed
 
 
 def test_limits_of_an_engine_are_told(bundle: Path, demo_audio: Clips, tmp_path: Path) -> None:

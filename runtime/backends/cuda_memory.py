@@ -6,6 +6,7 @@ device belongs to a thread, hence `enter`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import weakref
 from collections.abc import Callable
@@ -96,17 +97,18 @@ class CudaMemory:
 
     def record(self, work: Callable[[], None]) -> CudaGraph:
         """What `work` queues, as a graph that is launched at once; it must have run once before, and not wait."""
-        # Relaxed would let calls through that break the capture; other threads may go on with theirs.
-        check(cuda.cudaStreamBeginCapture(self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
-        try:
-            work()
-        finally:
-            error, graph = cuda.cudaStreamEndCapture(self.stream)  # also where work failed, or the stream stays caught
-        check((error,))
-        try:
+        with contextlib.ExitStack() as cleanup:
+            # Relaxed would let calls through that break the capture; other threads may go on with theirs.
+            mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            check(cuda.cudaStreamBeginCapture(self.stream, mode))
+            try:
+                work()
+            finally:
+                error, graph = cuda.cudaStreamEndCapture(self.stream)  # also where work failed, or it goes on
+                if error == _SUCCESS:
+                    cleanup.callback(cuda.cudaGraphDestroy, graph)
+            check((error,))
             return CudaGraph(int(check(cuda.cudaGraphInstantiate(graph, 0))), self.stream)
-        finally:
-            check(cuda.cudaGraphDestroy(graph))
 
     def free(self) -> tuple[int, int]:
         """Bytes that are free and bytes there are, over all processes."""
