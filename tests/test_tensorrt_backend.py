@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings, of the extra [tensorrt-rtx]")
-trt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the wheels of the extra [tensorrt-rtx]")
+pytest.importorskip("tensorrt_rtx_bindings", reason="needs the wheels of the extra [tensorrt-rtx]")
+
+import tensorrt_rtx_bindings as trt
 
 from das_asr.runtime import BackendError, Transcriber
 from das_asr.runtime.adapters import read_stack
