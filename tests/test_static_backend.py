@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from das_asr.export.half import write_half
 from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber, Transcription
 from das_asr.runtime.adapter_sets import AdapterSets
 from das_asr.runtime.adapters import Stack
@@ -74,12 +76,13 @@ class CountingMemory(HostMemory):
         return buffer
 
 
-def static_backend(bundle: Path, memory: HostMemory | None = None) -> StaticBackend:
-    return open_graphs(bundle, read_manifest(bundle), OPTIONS, memory or HostMemory(), on_both({CPU: {}}))
+def static_backend(bundle: Path, memory: HostMemory | None = None, precision: str = "fp32") -> StaticBackend:
+    graphs = bundle if precision == "fp32" else bundle / precision
+    return open_graphs(graphs, read_manifest(bundle), OPTIONS, memory or HostMemory(), on_both({CPU: {}}))
 
 
-def open_static(bundle: Path, memory: HostMemory | None = None) -> Transcriber:
-    return Transcriber(read_manifest(bundle), bundle, static_backend(bundle, memory))
+def open_static(bundle: Path, memory: HostMemory | None = None, precision: str = "fp32") -> Transcriber:
+    return Transcriber(read_manifest(bundle), bundle, static_backend(bundle, memory, precision))
 
 
 def texts(results: list[Transcription]) -> list[Any]:
@@ -141,6 +144,18 @@ def test_prompts_of_different_length_share_a_batch(bundle: Path, demo_audio: Cli
     assert np.array_equal(first.lengths, second.lengths)
     assert np.array_equal(first.candidates, second.candidates)
     np.testing.assert_allclose(first.logprobs, second.logprobs, atol=1e-4)
+
+
+def test_half_precision(bundle: Path, demo_audio: Clips, tmp_path: Path) -> None:
+    """Both caches in fp16, adapters from the bundle and loaded ones."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = dataclasses.replace(read_manifest(copy), precisions=("fp16",))
+    write_half(copy, "fp16", manifest.dimensions, copy / "fp16")
+    clips = [path for path, _, _ in demo_audio[:4]]
+    growing = Transcriber(manifest, copy, create_backend("onnxruntime", copy, manifest, OPTIONS, "fp16"))
+    with growing, open_static(copy, precision="fp16") as static:
+        for choice in CHOICES:
+            assert texts(static.transcribe_batch(clips, **choice)) == texts(growing.transcribe_batch(clips, **choice))
 
 
 def test_continuous_batching(growing: Transcriber, static: Transcriber, demo_audio: Clips) -> None:

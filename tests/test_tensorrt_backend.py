@@ -21,11 +21,12 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="needs the wheels of the ext
 
 import tensorrt_rtx_bindings as trt
 
+from das_asr.export import build_engines
 from das_asr.runtime import BackendError, Transcriber
 from das_asr.runtime.adapters import read_stack
 from das_asr.runtime.backends import BackendOptions, cuda_memory
 from das_asr.runtime.backends.cuda_memory import CudaMemory
-from das_asr.runtime.backends.engine_files import CACHE_FOLDER, EngineLimits
+from das_asr.runtime.backends.engine_files import CACHE_FOLDER, DECODER_ENGINE, EngineLimits
 from das_asr.runtime.backends.engine_profiles import Profile, decoder_profiles, encoder_profiles
 from das_asr.runtime.backends.memory import Buffer, HostMemory
 from das_asr.runtime.backends.onnxruntime_static import OnnxProgram
@@ -33,7 +34,7 @@ from das_asr.runtime.backends.ort_tensorrt import profiles, tensorrt_options
 from das_asr.runtime.backends.placement import CPU
 from das_asr.runtime.backends.sessions import open_session
 from das_asr.runtime.backends.static import Graphs, StaticBackend
-from das_asr.runtime.backends.tensorrt import EngineProgram, choose_engine
+from das_asr.runtime.backends.tensorrt import EngineProgram, choose_engine, open_engine
 from das_asr.runtime.backends.tensorrt_library import Library
 from das_asr.runtime.contract import (
     DECODER_STATIC_FILE,
@@ -46,6 +47,7 @@ from das_asr.runtime.contract import (
 from das_asr.runtime.manifest import EngineEntry, Manifest, read_manifest
 from tests.bundles import make_bundle
 from tests.cuda_stand_in import StandIn
+from tests.engines import make_small_bundle, needs_tensorrt_rtx, no_gpu, options
 
 Clips = list[tuple[Path, str, str]]
 LIBRARY = Library("tensorrt-rtx", str(trt.__version__), trt)
@@ -318,3 +320,16 @@ def test_onnx_runtimes_provider_is_told_every_size(bundle: Path) -> None:
             assert listed.keys() - {"attended"} == dynamic
             bounds.append([np.array(listed[name].split("x"), int) for name in sorted(dynamic)])
         assert all((low <= usual).all() and (usual <= high).all() for low, usual, high in zip(*bounds, strict=True))
+
+
+@no_gpu
+@needs_tensorrt_rtx
+def test_a_real_engine_without_a_gpu_is_an_error(tmp_path: Path) -> None:
+    small = make_small_bundle(tmp_path)
+    manifest = build_engines(small, options())
+    (name,) = manifest.engines
+    memory: Any = StreamMemory()
+    with pytest.raises(BackendError, match=rf"cannot open {name}/decoder.engine on this GPU"):
+        open_engine(small, manifest, name, DECODER_ENGINE, LIBRARY, memory, cuda_graphs=False)
+    with pytest.raises(BackendError, match="There is no CUDA device 0"):
+        Transcriber.load(small, "cuda", backend="tensorrt")
