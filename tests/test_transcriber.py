@@ -27,6 +27,8 @@ from das_asr.runtime import (
     Transcriber,
     Transcription,
 )
+from das_asr.runtime.backends import BackendOptions
+from das_asr.runtime.backends.sessions import open_session
 from das_asr.runtime.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from das_asr.runtime.selection import RULES
 from tests.bundles import make_bundle
@@ -408,7 +410,7 @@ def test_a_provider_that_does_not_come_up_is_an_error(demo_bundle: Path, monkeyp
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_cuda)
     with pytest.raises(BackendError, match="CUDAExecutionProvider did not come up on device 'cuda:1'"):
-        Transcriber.load(demo_bundle, device="cuda:1")
+        open_session(demo_bundle / "encoder.onnx", BackendOptions("cuda:1"), dict.fromkeys(providers, {}))
 
 
 # --- Another window ---
