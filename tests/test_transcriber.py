@@ -410,7 +410,7 @@ def test_a_provider_that_does_not_come_up_is_an_error(demo_bundle: Path, monkeyp
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_cuda)
     with pytest.raises(BackendError, match="CUDAExecutionProvider did not come up on device 'cuda:1'"):
-        open_session(demo_bundle / "encoder.onnx", BackendOptions("cuda:1"), dict.fromkeys(providers, {}))
+        open_session(demo_bundle / "encoder.onnx", BackendOptions("cuda:1"), {provider: {} for provider in providers})
 
 
 # --- Another window ---
