@@ -91,7 +91,10 @@ class OursSystem:
             raise OptionError(f"The system {name!r} needs an exported bundle. Give one with --bundle.")
         manifest = read_manifest(work.bundle)
         backend = create_backend(
-            "onnxruntime", work.bundle, manifest, BackendOptions(threads=work.threads, spinning=work.spinning)
+            "onnxruntime",
+            manifest.graphs(work.bundle, work.precision),
+            manifest,
+            BackendOptions(threads=work.threads, spinning=work.spinning),
         )
         self._clock = TimedBackend(backend)
         self._transcriber = Transcriber(manifest, work.bundle, self._clock)
