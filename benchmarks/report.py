@@ -9,9 +9,7 @@ count as overhead. This is also how the DAS paper's Table VI defines it, for the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK
@@ -21,7 +19,6 @@ __all__ = [
     "MARKERS",
     "PAPER_TABLE_VI",
     "overhead",
-    "read_results",
     "render_report",
     "render_rtf_table",
     "replace_between_markers",
@@ -40,25 +37,6 @@ SEQUENTIAL, PARALLEL = "sequential-lora", "das"
 
 Record = Mapping[str, Any]
 Result = Mapping[str, Any]
-
-
-def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Reads result files.
-
-    Raises:
-        OptionError: a file is missing or is not a result of `das-bench rtf`.
-    """
-    results = []
-    for path in paths:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            hint = "Give files that `das-bench rtf` wrote with --output."
-            raise OptionError(f"{path} cannot be read as JSON ({error}). {hint}") from error
-        if not isinstance(data, dict) or data.get("kind") != "rtf":
-            raise OptionError(f"{path} is not a result of `das-bench rtf`. Give files that it wrote with --output.")
-        results.append(data)
-    return results
 
 
 def render_rtf_table(results: Sequence[Result]) -> str:

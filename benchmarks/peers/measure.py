@@ -29,7 +29,7 @@ from das_asr.benchmarks.rtf import interleave
 from das_asr.benchmarks.timing import Utterance
 from das_asr.runtime.manifest import read_manifest
 
-__all__ = ["YARDSTICKS", "open_sides", "run_peers"]
+__all__ = ["YARDSTICKS", "open_sides", "prepare_peers", "run_peers"]
 
 YARDSTICKS = ("ctranslate2 fp32", "ctranslate2 int8", "transformers fp32")
 """Sides that all others are divided by, where they run."""
@@ -37,10 +37,8 @@ YARDSTICKS = ("ctranslate2 fp32", "ctranslate2 int8", "transformers fp32")
 
 def run_peers(options: PeersOptions, log: Log) -> dict[str, Any]:
     """Converts, measures, and returns what the results file holds beside machine and options."""
-    checkpoint = resolve_model(options.model)
-    check_length(checkpoint, options.tokens)
-    with quiet_libraries():
-        prepared = prepare(checkpoint, options, log)
+    prepared = prepare_peers(options, log)
+    checkpoint = prepared.checkpoint
     rates = measure_rates(options.threads)
     forced, refused = _forced(prepared, options, log) if options.domains else ([], list(prepared.refused))
     free = _free(prepared, options, log) if options.speech else None
@@ -51,6 +49,14 @@ def run_peers(options: PeersOptions, log: Log) -> dict[str, Any]:
         "refused": [asdict(item) for item in refused],
         "speech": free,
     }
+
+
+def prepare_peers(options: PeersOptions, log: Log) -> Prepared:
+    """Exports and converts what is not there yet."""
+    checkpoint = resolve_model(options.model)
+    check_length(checkpoint, options.tokens)
+    with quiet_libraries():
+        return prepare(checkpoint, options, log)
 
 
 @contextlib.contextmanager

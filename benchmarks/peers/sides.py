@@ -74,6 +74,9 @@ class PeersOptions:
         ):
             if value < least:
                 raise OptionError(f"{flag} {value}: must be at least {least}.")
+        for peer, python in self.tools.pythons.items():
+            if not python.is_file():
+                raise OptionError(f"--python {peer}={python}: there is no such file. Give an interpreter.")
         if self.bundle is not None and self.speech is None:
             raise OptionError("--bundle is what --speech is decoded with. Give both, or leave it out.")
         check_threads(self.threads)
