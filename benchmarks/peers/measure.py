@@ -63,12 +63,13 @@ def prepare_peers(options: PeersOptions, log: Log) -> Prepared:
 def open_sides(
     sides: Sequence[Side], prepared: Prepared, options: PeersOptions, tokens: int | None, log: Log
 ) -> Iterator[tuple[dict[Side, SideProcess], list[Refused]]]:
-    """Loads all sides that can be loaded; each stays stopped until it is asked.
+    """Loads all sides that can be loaded, each with a first window of audio; each stays stopped until it is asked.
 
     Raises:
         UnavailableError: the runtime itself cannot run.
     """
-    refused = []
+    refused: list[Refused] = []
+    audio = window_audio(prepared.checkpoint)
     with contextlib.ExitStack() as stack:
         opened: dict[Side, SideProcess] = {}
         for side in sides:
@@ -79,13 +80,14 @@ def open_sides(
             log(f"loading {side.name}")
             try:
                 process = SideProcess(side.engine, prepared.work(side, options, tokens), folder, options.tools)
+                stack.callback(process.close)
+                process.transcribe(audio)  # some peers find only now that the model is not for them
             except UnavailableError as error:
                 if ours:
                     raise
                 refused.append(Refused(side.engine, side.precision, str(error)))
                 log(f"{side.name}: {error}")
             else:
-                stack.callback(process.close)
                 opened[side] = process
         yield opened, refused
 

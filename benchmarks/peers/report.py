@@ -180,10 +180,9 @@ def _memory(result: Result) -> Iterator[str]:
 
 
 def _refused(results: Sequence[Result]) -> str:
-    everybody = [
-        item for result in results for item in (*result["refused"], *(result["speech"] or {"refused": []})["refused"])
-    ]
-    rows = sorted({(item["engine"], item["precision"], item["reason"]) for item in everybody})
+    lists = [result["refused"] for result in results]
+    lists += [result["speech"]["refused"] for result in results if result["speech"]]
+    rows = sorted({(item["engine"], item["precision"], item["reason"]) for items in lists for item in items})
     if not rows:
         return ""
     return "Not compared:\n\n" + markdown_table(["peer", "precision", "reason"], rows)
@@ -196,7 +195,7 @@ def _speech(result: Result) -> Iterator[str]:
     speech = result["speech"]
     yield (
         f"{result['arguments']['model']}, {speech['clips']} clips of speech to their true length "
-        f"({speech['audio_seconds']:.0f} s, {speech['words']} words), {_threads(result)}; whole calls, features included:"
+        f"({speech['audio_seconds']:.0f} s, {speech['words']} words), {_threads(result)}; features included:"
     )
     rows = []
     for name, heard in speech["runs"].items():
@@ -223,24 +222,24 @@ def _caption(results: Sequence[Result]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"{arguments['model']}, LoRA rank {arguments['rank']}, {first['window_seconds']:g} s of audio, "
-        f"{arguments['tokens']} tokens, on {machine['processor']} ({machine['architecture']}, {machine['cores']} cores); "
-        f"medians of {arguments['repeats']} interleaved repeats from features to tokens; {packages}; {first['date'][:10]}."
+        f"{arguments['tokens']} tokens, on {machine['processor']} ({machine['architecture']}, {machine['cores']} "
+        f"cores); medians of {arguments['repeats']} interleaved repeats from features to tokens; {packages}; "
+        f"{first['date'][:10]}."
     )
 
 
 def _floor_caption(result: Result) -> str:
     rates = result["rates"]
     return (
-        f"The floor: this machine reads {rates['read'] / 1e9:.1f} GB/s and computes {rates['fp32'] / 1e9:.0f} GFLOP/s in "
-        f"float32 and {rates['int8'] / 1e9:.0f} Gop/s in 8 bits ({_threads(result)}). A part that reads and computes at "
-        "once takes at least the longer of the two times; the shares say how close it comes."
+        f"The floor: this machine reads {rates['read'] / 1e9:.1f} GB/s and computes {rates['fp32'] / 1e9:.0f} GFLOP/s "
+        f"in float32 and {rates['int8'] / 1e9:.0f} Gop/s in 8 bits ({_threads(result)}). A part that reads and "
+        "computes at once takes at least the longer of the two times; the shares say how close it comes."
     )
 
 
 def _threads_line(result: Result) -> str:
-    return (
-        f"{_threads(result).capitalize()}, idle threads of DAS {'spin' if result['arguments']['spinning'] else 'sleep'}"
-    )
+    idle = "spin" if result["arguments"]["spinning"] else "sleep"
+    return f"{_threads(result).capitalize()}; idle threads of DAS {idle}"
 
 
 def _threads(result: Result) -> str:

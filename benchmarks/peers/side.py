@@ -12,6 +12,7 @@ What cannot be done is answered by {"refused": reason}.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from das_asr.benchmarks.peers.engines import ENGINES, load_engine, versions_of
@@ -38,6 +40,7 @@ def _main() -> None:
     if sys.platform == "linux":
         # A stopped process would outlive a parent that was killed.
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    sys.excepthook = functools.partial(_answer_trace, answers)
     specification = json.loads(sys.stdin.buffer.readline())
     try:
         with _quiet(specification):
@@ -89,6 +92,14 @@ def _serve(specification: Mapping[str, Any], answers: TextIO) -> None:
             _answer(answers, asdict(system.transcribe(audio)))
         _answer(answers, {"memory_mib": peak_memory()})
         system.close()
+
+
+def _answer_trace(
+    answers: TextIO, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A peer that breaks does not take part; its trace goes to standard error as ever."""
+    sys.__excepthook__(kind, error, trace)
+    _answer(answers, {"refused": f"{kind.__name__}: {error}"})
 
 
 def _answer(answers: TextIO, answer: Mapping[str, Any]) -> None:
