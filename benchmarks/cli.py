@@ -45,6 +45,7 @@ main.add_command(forgetting_command)
 @click.option("--repeats", default=10, show_default=True, help="Interleaved repeats that count.")
 @click.option("--warmup", default=2, show_default=True, help="Repeats before them that do not.")
 @click.option("--spinning/--no-spinning", default=False, show_default=True, help="Let the runtime's threads spin.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the runtime's graphs.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, each system in a process.")
 @click.option("--audio", multiple=True, type=FILE, help="File or folder to decode to its true length; repeatable.")
 @click.option("--bundle", type=FILE, help="Exported bundle of --model, for --audio.")
@@ -53,6 +54,7 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     """Real-time factor over the number of domains, and over real audio."""
     from das_asr.benchmarks.free import FreeOptions
     from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.rates import measure_rates
     from das_asr.benchmarks.rtf import RtfOptions
     from das_asr.benchmarks.worker import run_task
 
@@ -61,8 +63,10 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     free = FreeOptions.of(audio, bundle, chosen)
     before = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
     specification = {"rtf": dataclasses.asdict(chosen), "free": free and dataclasses.asdict(free)}
+    rates = measure_rates(chosen.threads)
     measured = run_task("rtf", specification, chosen.threads)
-    result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
+    rates = rates.best(measure_rates(chosen.threads))
+    result = {**before, "arguments": dataclasses.asdict(chosen), "rates": dataclasses.asdict(rates), **measured}
     write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     click.echo(json.dumps({"output": str(output), "runs": len(result["runs"])}))
 
@@ -117,6 +121,31 @@ def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **opt
     result = {**before, **measure_load(chosen, lambda text: click.echo(text, err=True))}
     write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     click.echo(render_load(result), nl=False)
+
+
+@main.command()
+@click.option("--model", "-m", default="whisper-base-random", show_default=True, help="Checkpoint, or this random one.")
+@click.option("--domains", default="0,3,25", show_default=True, callback=whole_numbers, help="K, a list.")
+@click.option("--rank", default=32, show_default=True, help="LoRA rank of the adapters.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the graphs.")
+@click.option("--tokens", default=30, show_default=True, help="New tokens of each utterance.")
+@click.option("--threads", default=1, show_default=True, help="With 1 the process is pinned to one core.")
+@click.option("--repeats", default=3, show_default=True, help="Utterances that count.")
+@click.option("--spinning/--no-spinning", default=False, show_default=True, help="Let idle threads spin.")
+@click.option("--output", "-o", type=OUTPUT, help="JSON file to write.")
+def profile(output: Path | None, **options: Any) -> None:
+    """Where the time of a step and of the encoder goes: by part of the network and by operator."""
+    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.step_profile import ProfileOptions, measure_profiles, render_profiles
+
+    check_folders(output=output)
+    chosen = ProfileOptions(**options)
+    before = {"kind": "profile", "schema": 1, **describe_run(), "machine": describe_machine()}
+    measured = measure_profiles(chosen, lambda text: click.echo(text, err=True))
+    result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
+    if output:
+        write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    click.echo(render_profiles(result), nl=False)
 
 
 @main.command()

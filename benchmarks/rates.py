@@ -31,6 +31,10 @@ class Rates:
     fp32: float  # operations per second
     int8: float  # operations per second
 
+    def best(self, other: Rates) -> Rates:
+        """The higher of each: measured before and after a run, for machines whose speed drifts."""
+        return Rates(max(self.read, other.read), max(self.fp32, other.fp32), max(self.int8, other.int8))
+
 
 def measure_rates(threads: int) -> Rates:
     """Measures in a process of its own, whose thread pools have that size."""

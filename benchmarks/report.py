@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from das_asr.benchmarks.floor_report import floor_section
+from das_asr.benchmarks.rates import Rates
 from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK
 from das_asr.runtime.errors import OptionError
 
@@ -59,6 +61,9 @@ def render_report(results: Sequence[Result]) -> str:
             records = _select(result, rank)
             parts += [f"## Parts of an utterance, rank {rank}", _caption(result, rank), _phases(records)]
             parts += ["Tokens and memory:", _checks(records)]
+            if "rates" in result:
+                named = [(f"{_title(record["system"])}, K = {record['domains']}", record) for record in records]
+                parts += floor_section(named, Rates(**result["rates"]), result["arguments"]["threads"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,7 +184,7 @@ def _caption(result: Result, rank: int) -> str:
     threads = arguments["threads"]
     return (
         f"{arguments['model']}, LoRA rank {rank}, {result['window_seconds']:g} s of audio, {arguments['tokens']} "
-        f"tokens, fp32, {threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
+        f"tokens, {arguments.get('precision', 'fp32')}, {threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
         f"{machine['cores']} cores); medians of {arguments['repeats']} interleaved repeats; {packages}; "
         f"{result['date'][:10]}."
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from das_asr.benchmarks.audio import window_audio
 from das_asr.benchmarks.bundles import bundle_for
 from das_asr.benchmarks.figures import figures, ratios
+from das_asr.benchmarks.floor import demands
 from das_asr.benchmarks.free import FreeOptions, run_free
 from das_asr.benchmarks.machine import pinned, quiet_libraries
 from das_asr.benchmarks.memory import measure_memory
@@ -26,6 +27,7 @@ from das_asr.benchmarks.models import (
     SAMPLE_RATE,
     adapter_folders,
     check_length,
+    prompt_ids,
     resolve_model,
 )
 from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK, System, Work, open_system, system_names
@@ -55,6 +57,7 @@ class RtfOptions:
     tau: float = 0.025
     memory: bool = True
     spinning: bool = False
+    precision: str = "fp32"  # of the runtime's graphs; PyTorch stays at float32
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> RtfOptions:
@@ -92,10 +95,11 @@ def run_rtf(options: RtfOptions, log: Log) -> dict[str, Any]:
                 log(f"{domains} domains, rank {rank}")
                 adapters = tuple(adapter_folders(checkpoint, rank, domains))
                 # A bundle for each number of domains: a larger one's tensors would count as this one's memory.
-                bundle = bundle_for(checkpoint, adapters, rank, log)
+                bundle = bundle_for(checkpoint, adapters, rank, log, precisions=("fp32", options.precision))
                 work = Work(
-                    checkpoint, adapters, options.tokens, options.tau, options.threads, bundle, options.spinning
-                )
+                    checkpoint, adapters, options.tokens, options.tau, options.threads, bundle, options.spinning,
+                    options.precision,
+                )  # fmt: skip
                 records += _compare(work, rank, options, log)
         seconds = len(window_audio(checkpoint)) / SAMPLE_RATE
     return {"window_seconds": seconds, "runs": records}
@@ -139,6 +143,7 @@ def _compare(work: Work, rank: int, options: RtfOptions, log: Log) -> list[dict[
         audio = window_audio(work.checkpoint)
         taken = interleave(systems, audio, options.repeats, options.warmup)
     agreements = agreement(taken, domains)
+    past = len(prompt_ids(work.checkpoint)) + options.tokens // 2
     records = []
     for name, utterances in taken.items():
         record = {"system": name, "domains": domains, "rank": rank, "agreement": agreements[name]}
@@ -146,6 +151,8 @@ def _compare(work: Work, rank: int, options: RtfOptions, log: Log) -> list[dict[
         totals = ([item.total for item in items] for items in (utterances, taken[YARDSTICK]))
         record["ratio_to_transformers"] = ratios(*totals)
         record["memory_mib"] = measure_memory(name, work) if options.memory else None
+        if name.startswith("das") and work.bundle:
+            record["demand"] = demands(work.bundle, work.precision, past)
         records.append(record)
         log(_line(record))
     return records

@@ -81,6 +81,10 @@ def _perform(task: str, specification: dict[str, Any]) -> Any:
         from das_asr.benchmarks.rates import probe_rates
 
         return probe_rates(specification)
+    if task == "profile":
+        from das_asr.benchmarks.step_profile import probe_profile
+
+        return probe_profile(specification)
     from das_asr.benchmarks.rtf import measure
 
     return measure(specification)

@@ -56,10 +56,8 @@ class _System:
         self._features = self._model.feature_extractor = _Timed(self._model.feature_extractor)
         self._encoder = self._model.encode = _Timed(self._model.encode)
         prompt, positions = prompt_ids(work.checkpoint), read_json(work.checkpoint / "config.json")
-        settings = read_json(work.checkpoint / "preprocessor_config.json")
         self._options = {
             "language": "en",
-            "chunk_length": int(settings["n_samples"]) // int(settings["sampling_rate"]),
             "beam_size": 1,
             "temperature": 0,
             "without_timestamps": True,

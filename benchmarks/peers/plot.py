@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.benchmarks.peers.engines import ENGINES
-from das_asr.benchmarks.peers.report import TARGETS, ratio_to_base
+from das_asr.benchmarks.peers.report import ratio_to_base, targets_of
 from das_asr.benchmarks.plot import save_figure
 from das_asr.runtime.errors import OptionError
 
@@ -45,7 +45,7 @@ def _ratios(axes: Any, result: dict[str, Any]) -> None:
             if points:
                 label = f"{ENGINES[engine].title}, {precision}"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", marker="o", markersize=4, label=label)
-        aims = sorted((count, aim) for count, aim in TARGETS.get((precision, threads), {}).items() if count in domains)
+        aims = sorted((count, aim) for count, aim in targets_of(result, precision).items() if count in domains)
         if aims:
             axes.plot(*zip(*aims, strict=True), "_", color=f"C{colour}", markersize=14, label=f"aim, {precision}")
     axes.axhline(1.0, color="grey", linewidth=1)

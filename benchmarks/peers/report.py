@@ -5,16 +5,17 @@ Several results of the same model, one per number of threads, make one report.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from das_asr.benchmarks.floor import floor_ms
+from das_asr.benchmarks.floor_report import floor_section
+from das_asr.benchmarks.models import BASE_RANDOM
 from das_asr.benchmarks.peers.engines import ENGINES
 from das_asr.benchmarks.rates import Rates
 from das_asr.benchmarks.report import PAPER_TABLE_VI
 from das_asr.benchmarks.wer_report import markdown_table
 
-__all__ = ["PEERS_MARKERS", "TARGETS", "floor_table", "ratio_to_base", "render_peers", "render_peers_table"]
+__all__ = ["PEERS_MARKERS", "TARGETS", "ratio_to_base", "render_peers", "render_peers_table", "targets_of"]
 
 PEERS_MARKERS = ("<!-- peers:begin -->", "<!-- peers:end -->")
 
@@ -47,7 +48,8 @@ def render_peers(results: Sequence[Result]) -> str:
     parts = ["# Peers", render_peers_table(results)]
     for result in _by_threads(results):
         parts += [f"## {_threads_line(result)}", "Parts of an utterance:", _parts(result)]
-        parts += [_floor_caption(result), floor_table(result["runs"], Rates(**result["rates"]))]
+        named = [(_title(record), record) for record in result["runs"]]
+        parts += floor_section(named, Rates(**result["rates"]), result["arguments"]["threads"])
         parts += [*_memory(result)]
     parts += [_refused(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -64,26 +66,12 @@ def ratio_to_base(result: Result, engine: str, precision: str, domains: int) -> 
     return None
 
 
-def floor_table(records: Iterable[Record], rates: Rates) -> str:
-    """How close a step and the encoder come to what the machine can do; records without a demand are passed over."""
-    rows = []
-    for record in records:
-        if "demand" not in record:
-            continue
-        for part, measured in (("step", record["step_ms"]), ("encoder", record["encoder_ms"])):
-            demand = record["demand"][part]
-            floor = floor_ms(demand, rates)
-            operations = (demand["fp32"] + demand["int8"]) / 1e9
-            cells = [_title(record), part, f"{measured['median']:.1f}"]
-            cells += [f"{demand['bytes'] / 1e6:.0f}", f"{floor['read']:.1f}", _share(floor["read"], measured)]
-            cells += [f"{operations:.2f}", f"{floor['compute']:.1f}", _share(floor["compute"], measured)]
-            rows.append(cells)
-    head = ["system", "part", "ms", "MB read", "ms at that rate", "%", "G operations", "ms at that rate", "%"]
-    return markdown_table(head, rows) if rows else ""
-
-
-def _share(least: float, measured: Mapping[str, float]) -> str:
-    return f"{100 * least / measured['median']:.0f}"
+def targets_of(result: Result, precision: str) -> dict[int, float]:
+    """What is aimed at, by K; nothing for other models and numbers of tokens."""
+    arguments = result["arguments"]
+    if (arguments["model"], arguments["tokens"]) != (BASE_RANDOM, 30):
+        return {}
+    return TARGETS.get((precision, arguments["threads"]), {})
 
 
 # --- Where we stand ---
@@ -102,7 +90,8 @@ def _standing(results: Sequence[Result]) -> Iterator[str]:
         for count in domains:
             cells = [_aimed(result, engine, precision, count) for precision, result in columns]
             rows.append([str(count), *cells])
-        yield f"DAS, {title}, over CTranslate2 on the base alone (in brackets what is aimed at):"
+        aims = " (in brackets what is aimed at)" if engine == SHARED else ""
+        yield f"DAS, {title}, over CTranslate2 on the base alone{aims}:"
         yield markdown_table(head, rows)
     rows = []
     for count in (count for count in domains if count):
@@ -117,10 +106,10 @@ def _standing(results: Sequence[Result]) -> Iterator[str]:
 
 def _aimed(result: Result, engine: str, precision: str, domains: int) -> str:
     ratio = ratio_to_base(result, engine, precision, domains)
-    target = TARGETS.get((precision, result["arguments"]["threads"]), {}).get(domains)
+    target = targets_of(result, precision).get(domains) if engine == SHARED else None
     if ratio is None:
         return "-"
-    return f"{ratio:.2f}" + (f" ({target:.2f})" if target is not None and engine == SHARED else "")
+    return f"{ratio:.2f}" + (f" ({target:.2f})" if target is not None else "")
 
 
 def _overhead(result: Result, engine: str, precision: str, domains: int) -> str:
@@ -225,15 +214,6 @@ def _caption(results: Sequence[Result]) -> str:
         f"{arguments['tokens']} tokens, on {machine['processor']} ({machine['architecture']}, {machine['cores']} "
         f"cores); medians of {arguments['repeats']} interleaved repeats from features to tokens; {packages}; "
         f"{first['date'][:10]}."
-    )
-
-
-def _floor_caption(result: Result) -> str:
-    rates = result["rates"]
-    return (
-        f"The floor: this machine reads {rates['read'] / 1e9:.1f} GB/s and computes {rates['fp32'] / 1e9:.0f} GFLOP/s "
-        f"in float32 and {rates['int8'] / 1e9:.0f} Gop/s in 8 bits ({_threads(result)}). A part that reads and "
-        "computes at once takes at least the longer of the two times; the shares say how close it comes."
     )
 
 
