@@ -62,7 +62,7 @@ def render_report(results: Sequence[Result]) -> str:
             parts += [f"## Parts of an utterance, rank {rank}", _caption(result, rank), _phases(records)]
             parts += ["Tokens and memory:", _checks(records)]
             if "rates" in result:
-                named = [(f"{_title(record["system"])}, K = {record['domains']}", record) for record in records]
+                named = [(f"{_title(record['system'])}, K = {record['domains']}", record) for record in records]
                 parts += floor_section(named, Rates(**result["rates"]), result["arguments"]["threads"])
     return "\n\n".join(parts) + "\n"
 
@@ -109,12 +109,13 @@ def _rtf_cell(record: Record | None) -> str:
 
 def _overheads(records: Sequence[Record]) -> str:
     head = ["domains", "parallel, DAS paper", "parallel, here", "sequential, DAS paper", "sequential, here"]
-    head += ["sequential / parallel, DAS paper", "sequential / parallel, here"]
+    head += ["K + 1 decodes, here", "PEFT, here", "sequential / parallel, DAS paper", "sequential / parallel, here"]
     rows = []
     for domains in (count for count in _domains(records) if count):
         paper = PAPER_TABLE_VI.get(domains, {})
         here = {"parallel": overhead(records, PARALLEL, domains), "sequential": overhead(records, SEQUENTIAL, domains)}
         cells = [_percent(values.get(kind)) for kind in ("parallel", "sequential") for values in (paper, here)]
+        cells += [_percent(overhead(records, system, domains)) for system in ("sequential-decodes", "peft-mixed")]
         rows.append([str(domains), *cells, _quotient(paper), _quotient(here)])
     caption = (
         "Overhead: extra time of a whole utterance over the same system without adapters, both relative to "
@@ -184,7 +185,8 @@ def _caption(result: Result, rank: int) -> str:
     threads = arguments["threads"]
     return (
         f"{arguments['model']}, LoRA rank {rank}, {result['window_seconds']:g} s of audio, {arguments['tokens']} "
-        f"tokens, {arguments.get('precision', 'fp32')}, {threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
+        f"tokens, {arguments.get('precision', 'fp32')}, "
+        f"{threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
         f"{machine['cores']} cores); medians of {arguments['repeats']} interleaved repeats; {packages}; "
         f"{result['date'][:10]}."
     )
