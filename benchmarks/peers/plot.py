@@ -53,7 +53,8 @@ def _ratios(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xlabel("domains (LoRA adapters)")
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:  # there are none without CTranslate2
+        axes.legend(fontsize=8)
 
 
 def _times(axes: Any, result: dict[str, Any]) -> None:

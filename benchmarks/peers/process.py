@@ -40,8 +40,10 @@ def convert(engine: str, precision: str, checkpoint: Path, folder: Path, tools: 
         return
     specification = {"engine": engine, "precision": precision, "checkpoint": checkpoint, "folder": folder}
     process = _start({"convert": True, "whisper_cpp": tools.whisper_cpp, **specification}, engine, 1, tools)
-    _read(process)
-    process.communicate()
+    try:
+        _read(process)
+    finally:
+        process.communicate()
 
 
 class SideProcess:
@@ -86,6 +88,7 @@ class SideProcess:
 
     def _stop(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # until it has stopped
 
 
 def _start(specification: Mapping[str, Any], engine: str, threads: int, tools: Tools) -> subprocess.Popen[bytes]:
