@@ -220,7 +220,7 @@ def test_every_peer_that_is_installed_writes_what_transformers_writes(
     if name == "whisper-cpp":
         pytest.skip("needs a checkout of whisper.cpp")
     # Sizes small, but window and vocabulary those of the published models, to which some peers are tied.
-    shape = models.RandomShape(d_model=64, layers=1, heads=1, ffn=64)
+    shape = models.RandomShape(d_model=64, layers=1, heads=1, ffn=256)
     with machine.quiet_libraries():
         checkpoint = models.make_checkpoint(tmp_path / "published", shape)
     convert(name, "fp32", checkpoint, tmp_path / "converted", Tools())

@@ -99,7 +99,7 @@ def _answer_trace(
 ) -> None:
     """A peer that breaks does not take part; its trace goes to standard error as ever."""
     sys.__excepthook__(kind, error, trace)
-    _answer(answers, {"refused": f"{kind.__name__}: {error}"})
+    _answer(answers, {"refused": f"{kind.__name__}: {error}".splitlines()[0]})
 
 
 def _answer(answers: TextIO, answer: Mapping[str, Any]) -> None:
