@@ -28,12 +28,13 @@ from das_asr.benchmarks.peers.engines import ENGINES, load_engine, versions_of
 from das_asr.benchmarks.systems import Work
 from das_asr.runtime.errors import DasError
 
-__all__: list[str] = []
+__all__ = ["main"]
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
-def _main() -> None:
+def main() -> None:
+    """Does what the specification on standard input says."""
     # What libraries print, from C as well, must not end up among the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -108,4 +109,4 @@ def _answer(answers: TextIO, answer: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()
