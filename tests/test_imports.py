@@ -60,6 +60,7 @@ AT_MODULE_LEVEL = {
     "training/finetune/initial.py": {"torch"},
     "benchmarks/baselines.py": {"torch"},
     "benchmarks/lora.py": {"torch"},
+    "benchmarks/peers/openai.py": {"torch"},
     "benchmarks/torchloop.py": {"torch"},
 }
 
@@ -76,6 +77,7 @@ LIGHT_COMMANDS = [
     "das-train base",
     "das-bench",
     "das-bench rtf",
+    "das-bench peers",
     "das-bench wer",
 ]
 HELP_SECONDS = 2.0  # of processor time: other work on the machine must not decide this

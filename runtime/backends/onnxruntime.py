@@ -169,12 +169,16 @@ class OnnxRuntimeBackend:
         del self._encoder, self._decoder
         _trim_heap()
 
-    def _session(self, path: Path, options: BackendOptions) -> Any:
+    def _settings(self, path: Path, options: BackendOptions) -> Any:  # noqa: ARG002  # a profiler names its files by it
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = _ERRORS_ONLY
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+        return settings
+
+    def _session(self, path: Path, options: BackendOptions) -> Any:
+        settings = self._settings(path, options)
         provider = "CPUExecutionProvider"
         providers: list[Any] = [provider]
         if self._device == "cuda":

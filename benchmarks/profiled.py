@@ -1,0 +1,32 @@
+"""The ONNX Runtime backend with the engine's profiler on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from das_asr.runtime.backends import BackendOptions
+from das_asr.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from das_asr.runtime.manifest import Manifest
+
+__all__ = ["ProfiledBackend"]
+
+
+class ProfiledBackend(OnnxRuntimeBackend):
+    """Writes a trace of every run of both graphs."""
+
+    def __init__(self, folder: Path, graphs: Path, manifest: Manifest, options: BackendOptions) -> None:
+        """Loads the graphs; traces go to `folder`."""
+        self._folder = folder
+        super().__init__(graphs, manifest, options)
+
+    def end_profiling(self) -> dict[str, Path]:
+        """Stops both profiles and returns the traces by graph."""
+        sessions = {"encoder": self._encoder, "decoder": self._decoder}
+        return {name: Path(session.end_profiling()) for name, session in sessions.items()}
+
+    def _settings(self, path: Path, options: BackendOptions) -> Any:
+        settings = super()._settings(path, options)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(self._folder / path.stem)
+        return settings
