@@ -10,7 +10,17 @@ The command line is `das-export`; everything it does is here.
 """
 
 from das_asr.export.bundle import export_bundle
-from das_asr.export.options import AdapterSource, ExportOptions
+from das_asr.export.engines import build_engines
+from das_asr.export.options import AdapterSource, EngineOptions, ExportOptions
 from das_asr.export.verify import Verification, inspect_bundle, verify_bundle
 
-__all__ = ["AdapterSource", "ExportOptions", "Verification", "export_bundle", "inspect_bundle", "verify_bundle"]
+__all__ = [
+    "AdapterSource",
+    "EngineOptions",
+    "ExportOptions",
+    "Verification",
+    "build_engines",
+    "export_bundle",
+    "inspect_bundle",
+    "verify_bundle",
+]

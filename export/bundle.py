@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from das_asr.export.checkpoint import Checkpoint, load_checkpoint, tokenizer_json
 from das_asr.export.clips import load_clips
+from das_asr.export.engines import build_engines, check_targets
 from das_asr.export.onnx import check_adapters_used, opset, write_graphs
 from das_asr.export.options import AdapterSource, ExportOptions
 from das_asr.export.staging import check_target, staged
@@ -82,10 +83,13 @@ def export_bundle(options: ExportOptions) -> Manifest:
         DataError: the labelled speech cannot be used.
         ParityError: the exported graphs do not compute what PyTorch computes, an adapter changes nothing, or a
             precision differs too much from float32.
-        ExportError: the output exists, cannot be written, or the disk is full; the base cannot have a precision; or
-            this ONNX Runtime cannot run the graphs.
+        BackendError: engines are wanted, but TensorRT is not installed or cannot build for a target here.
+        ExportError: the output exists, cannot be written, or the disk is full; the base cannot have a precision; this
+            ONNX Runtime cannot run the graphs; or an engine cannot be built.
     """
     check_target(options.output, force=options.force)
+    if options.engines is not None:
+        check_targets(options.engines)  # an export takes long; a target that cannot be built for should not wait
     sources = _read(options)
     with staged(options.output, force=options.force) as directory:
         return _write(options, sources, directory)
@@ -134,6 +138,10 @@ def _write(options: ExportOptions, sources: _Sources, directory: Path) -> Manife
     variants = {name: _judge(name, draft, sources, directory, force=options.force) for name in smaller}
     manifest = dataclasses.replace(draft, parity=parity, variants=variants)
     write_manifest(manifest, directory)
+    if options.engines is not None:
+        rank = max((entry.rank for entry in manifest.adapters), default=1)
+        limits = options.engines.limits.covering(rows=manifest.rows, rank=rank)
+        return build_engines(directory, dataclasses.replace(options.engines, limits=limits))
     check_files(manifest, directory)
     return manifest
 

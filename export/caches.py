@@ -70,8 +70,10 @@ class StaticCache:
             lead = g.op("Shape", inputs["ids"], name="lead", start=0, end=2)
             before, behind = g.constant("lanes_heads", [-1, dims.decoder_heads]), g.constant("head", [dims.head_size])
             self._by_lane = g.op("Concat", before, new, behind, name="by_lane", axis=0)  # lanes, H, n, d
-            behind = g.constant("heads_slots_head", [dims.decoder_heads, -1, dims.head_size])
-            self._by_row = g.op("Concat", lead, behind, name="by_row", axis=0)  # B, R, H, attended, d
+            heads = g.constant("heads", [dims.decoder_heads])
+            # No dimension is left to infer: TensorRT would bound it by all lanes' slots for a single row, and reserve
+            # memory for that many in every row.
+            self._by_row = g.op("Concat", lead, heads, inputs["attended"], behind, name="by_row", axis=0)
             first = g.op("Add", inputs["position"], inputs["first_valid"], name="first_slot")
             self._first = g.op("Unsqueeze", first, g.constant("axis_last", [-1]), name="first_slot_column")  # [B, 1]
             of_rows = g.op("Expand", self._first, lead, name="first_slot_rows")

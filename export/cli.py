@@ -1,6 +1,7 @@
 """`das-export`: checkpoints to a verified bundle, and a look at bundles that exist.
 
     das-export onnx --base DIR --adapter music=DIR --output bundle
+    das-export engine bundle --target sm86
     das-export inspect bundle
     das-export verify bundle --base DIR
 
@@ -11,21 +12,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from das_asr.export import AdapterSource, ExportOptions, export_bundle, inspect_bundle, verify_bundle
-from das_asr.export.options import PRECISIONS
-from das_asr.runtime.console import Group, NamedFolder
+from das_asr.export import (
+    AdapterSource,
+    EngineOptions,
+    ExportOptions,
+    build_engines,
+    export_bundle,
+    inspect_bundle,
+    verify_bundle,
+)
+from das_asr.export.options import ENGINE_PRECISIONS, PRECISIONS
+from das_asr.export.show import (
+    print_engine_report,
+    print_engines,
+    print_json,
+    print_manifest,
+    print_parity,
+    print_variants,
+    row_names,
+)
+from das_asr.runtime.backends.engine_files import EngineLimits
+from das_asr.runtime.backends.tensorrt_library import LIBRARIES
+from das_asr.runtime.console import Group, NamedFolder, Size
 from das_asr.runtime.contract import RULE_CODES
-from das_asr.runtime.manifest import Manifest, ParityReport, VariantReport
 
 __all__ = ["main"]
 
@@ -76,26 +94,84 @@ def main() -> None:
     help="Labelled speech (AudioFolder or JSON Lines) on which the precisions' word error rates are compared.",
 )
 @click.option(
+    "--engine",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    help="GPU to compile the graphs for as well, such as sm86, as `das-export engine` does when given nothing else.",
+)
+@click.option(
     "--force",
     is_flag=True,
     help="Replace the bundle at --output once the new one is complete and verified; keep precisions that differ much.",
 )
 @_as_json
-def onnx(adapters: Sequence[tuple[str, Path]], as_json: bool, sample_audio: Sequence[Path], **choices: Any) -> None:
+def onnx(
+    adapters: Sequence[tuple[str, Path]],
+    as_json: bool,
+    sample_audio: Sequence[Path],
+    targets: Sequence[str],
+    **choices: Any,
+) -> None:
     """Export a base and its adapters to ONNX.
 
     The bundle appears at --output only when its graphs compute what transformers and PEFT compute, on every row.
     """
     sources = tuple(AdapterSource(name, directory) for name, directory in adapters)
-    options = ExportOptions(adapters=sources, sample_audio=tuple(sample_audio), **choices)
+    engines = EngineOptions(targets=tuple(targets)) if targets else None
+    options = ExportOptions(adapters=sources, sample_audio=tuple(sample_audio), engines=engines, **choices)
     with _told(quiet=as_json), _terminable():
         manifest = export_bundle(options)
     if as_json:
-        _print_json({"output": str(options.output), "manifest": dataclasses.asdict(manifest)})
+        print_json({"output": str(options.output), "manifest": dataclasses.asdict(manifest)})
     else:
-        _print_parity(manifest.parity)
-        _print_variants(manifest.variants)
-        click.echo(f"Wrote {options.output}: {', '.join(_rows(manifest))}")
+        print_parity(manifest.parity)
+        print_variants(manifest.variants)
+        print_engines(manifest.engines)
+        click.echo(f"Wrote {options.output}: {', '.join(row_names(manifest))}")
+
+
+@main.command()
+@click.argument("bundle", type=_BUNDLE)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    required=True,
+    help="Compute capability of a GPU to build for, such as sm86; give it again for another.",
+)
+@click.option(
+    "--precision", type=click.Choice(ENGINE_PRECISIONS), default="fp16", help="Of weights, activations and caches."
+)
+@click.option("--max-batch", type=int, default=EngineLimits.max_batch, help="Most utterances decoded together.")
+@click.option("--max-rows", type=int, default=EngineLimits.max_rows, help="Most rows: the base and its adapters.")
+@click.option("--max-rank", type=int, default=EngineLimits.max_rank, help="Largest rank of an adapter.")
+@click.option("--workspace", type=Size(), help="GPU memory that the builder may plan with, such as 2G; all by default.")
+@click.option(
+    "--library", type=click.Choice(tuple(LIBRARIES)), help="TensorRT to build with; by default the one installed."
+)
+@_as_json
+def engine(
+    bundle: Path,
+    targets: Sequence[str],
+    as_json: bool,
+    max_batch: int,
+    max_rows: int,
+    max_rank: int,
+    **choices: Any,
+) -> None:
+    """Compile the graphs of BUNDLE with TensorRT, into the bundle.
+
+    Other adapters, or more of them up to the limit, need no new engine. What is built already is left alone.
+    """
+    limits = EngineLimits(max_batch, max_rows, max_rank)
+    options = EngineOptions(targets=tuple(targets), limits=limits, **choices)
+    with _told(quiet=as_json), _terminable():
+        manifest = build_engines(bundle, options)
+    if as_json:
+        print_json({"engines": {name: dataclasses.asdict(entry) for name, entry in manifest.engines.items()}})
+    else:
+        print_engines(manifest.engines)
 
 
 @main.command()
@@ -105,87 +181,30 @@ def inspect(bundle: Path, as_json: bool) -> None:
     """Show what BUNDLE says about itself."""
     manifest = inspect_bundle(bundle)
     if as_json:
-        _print_json(dataclasses.asdict(manifest))
+        print_json(dataclasses.asdict(manifest))
     else:
-        _print_manifest(manifest)
+        print_manifest(manifest)
 
 
 @main.command()
 @click.argument("bundle", type=_BUNDLE)
 @click.option("--base", help="Its base, to compare with; by default the recorded folder if it still exists.")
+@click.option("--device", help="cuda or cuda:N: run the engines there, and mark those that write what fp32 writes.")
 @_as_json
-def verify(bundle: Path, base: str | None, as_json: bool) -> None:
+def verify(bundle: Path, base: str | None, device: str | None, as_json: bool) -> None:
     """Check every file of BUNDLE against its hash and, with the base at hand, the graphs against PyTorch."""
-    with _told(quiet=as_json):
-        found = verify_bundle(bundle, base)
+    with _told(quiet=as_json), _terminable():
+        found = verify_bundle(bundle, base, device)
     if as_json:
-        _print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found))
         return
-    _print_parity(found.parity)
+    print_parity(found.parity)
+    for name, report in found.engines.items():
+        click.echo(f"Engine {name} ran")
+        print_engine_report(report)
     click.echo(f"{bundle}: {found.files} files are as the manifest says")
     if found.skipped:
         click.echo(f"The graphs were not compared with PyTorch: {found.skipped}.")
-
-
-# --- What is shown ---
-
-
-def _print_json(document: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-
-
-def _rows(manifest: Manifest) -> list[str]:
-    return ["base", *(entry.name for entry in manifest.adapters)]
-
-
-def _print_parity(parity: Mapping[str, ParityReport]) -> None:
-    for precision, report in parity.items():
-        relative = report.max_logit_difference / report.largest_logit
-        click.echo(
-            f"Parity {precision}: logits differ by at most {report.max_logit_difference:.2g} "
-            f"({relative:.1e} of the largest, {report.tolerance:.0e} allowed), on average by "
-            f"{report.mean_logit_difference:.2g}"
-        )
-        for name, effect in report.adapter_effects.items():
-            click.echo(f"  adapter {name} moves the base's logits by up to {effect:.3g}")
-        click.echo(
-            f"  {report.tokens_compared} tokens compared (rules {', '.join(report.rules)}), "
-            f"{report.tokens_differing} where PyTorch itself is undecided"
-        )
-
-
-def _print_variants(variants: Mapping[str, VariantReport]) -> None:
-    for precision, report in variants.items():
-        if report.not_compared is not None:
-            click.echo(f"Precision {precision}: not compared with fp32, for {report.not_compared}")
-            continue
-        line = (
-            f"Precision {precision}: {report.tokens_differing} of {report.tokens_compared} tokens "
-            f"({report.disagreement:.1%}) other than with fp32"
-        )
-        if report.wer is not None and report.wer_fp32 is not None:
-            line += f"; WER {report.wer:.2%}, with fp32 {report.wer_fp32:.2%}, on {report.words} words"
-        click.echo(line)
-
-
-def _print_manifest(manifest: Manifest) -> None:
-    dims = manifest.dimensions
-    lines = {
-        "base": f"{manifest.base.id}{f' at {manifest.base.revision}' if manifest.base.revision else ''}",
-        "weights": manifest.base.sha256,
-        "network": f"d_model {dims.d_model}, {dims.encoder_layers} + {dims.decoder_layers} layers, {dims.mels} mels",
-        "vocabulary": f"{dims.vocabulary} tokens, languages: {', '.join(manifest.tokens.languages) or 'English only'}",
-        "window": f"{manifest.audio.window_seconds:g} s of audio, {dims.text_positions} tokens",
-        "rule": f"{manifest.rule}, tau {manifest.tau:g}",
-        "precisions": ", ".join(manifest.precisions),
-        "made": f"{manifest.created} with das-asr {manifest.tools.get('das-asr', '?')}",
-    }
-    for name, value in lines.items():
-        click.echo(f"{name + ':':<12}{value}")
-    for row, entry in enumerate(manifest.adapters, start=1):
-        click.echo(f"row {row}:      {entry.name}, rank {entry.rank}, {', '.join(entry.target_modules)}")
-    _print_parity(manifest.parity)
-    _print_variants(manifest.variants)
 
 
 # --- While it runs ---

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from das_asr.runtime.backends.engine_files import EngineLimits
+from das_asr.runtime.backends.tensorrt_library import LIBRARIES
 from das_asr.runtime.contract import RULE_CODES
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["PRECISIONS", "AdapterSource", "ExportOptions"]
+__all__ = ["ENGINE_PRECISIONS", "PRECISIONS", "AdapterSource", "EngineOptions", "ExportOptions"]
 
 PRECISIONS = ("fp32", "int8", "int4", "fp16", "bf16")
+ENGINE_PRECISIONS = ("fp16", "fp32", "bf16")
+
+_TARGET = re.compile(r"sm\d{2,3}")
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,41 @@ class AdapterSource:
 
     name: str
     directory: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of `build_engines`.
+
+    Attributes:
+        targets: compute capabilities of the GPUs to build for, such as `sm86`; an engine for each.
+        precision: of the weights and of what is computed from them.
+        limits: the largest sizes that the engines take.
+        workspace: bytes of scratch memory on the GPU that the builder may plan with; None is all there is.
+        library: `tensorrt` or `tensorrt-rtx`; None takes the one that is installed.
+    """
+
+    targets: tuple[str, ...]
+    precision: str = "fp16"
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    workspace: int | None = None
+    library: str | None = None
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if not _TARGET.fullmatch(target):
+                raise OptionError(f"--target is {target!r}, expected a compute capability such as sm86.")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise OptionError(f"--target is {', '.join(self.targets) or 'missing'}, expected distinct ones.")
+        if self.precision not in ENGINE_PRECISIONS:
+            raise OptionError(f"--precision is {self.precision!r}, expected {' or '.join(ENGINE_PRECISIONS)}.")
+        if self.library is not None and self.library not in LIBRARIES:
+            raise OptionError(f"--library is {self.library!r}, expected {' or '.join(LIBRARIES)}.")
+        for name, value in vars(self.limits).items():
+            if value < 1:
+                raise OptionError(f"--{name.replace('_', '-')} is {value}, expected 1 or more.")
+        if self.workspace is not None and self.workspace < 1:
+            raise OptionError(f"--workspace is {self.workspace} bytes, expected more than none, such as 2G.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +77,7 @@ class ExportOptions:
         tau: threshold of the rule in probability units (paper, Eq. 3).
         sample_audio: what the parity gate decodes; without any, the clips that come with the package.
         eval_manifest: labelled speech, on which the word error rates of the precisions are compared.
+        engines: engines to build once the graphs are verified; None builds none.
         force: replace a bundle that is already at `output`, once the new one is complete and verified; and keep
             precisions that differ more from float32 than is allowed.
     """
@@ -49,6 +91,7 @@ class ExportOptions:
     tau: float = 0.025
     sample_audio: tuple[Path, ...] = ()
     eval_manifest: Path | None = None
+    engines: EngineOptions | None = None
     force: bool = False
 
     def __post_init__(self) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import MANIFEST_NAME
 
-__all__ = ["check_target", "staged"]
+__all__ = ["check_target", "remove_leftovers", "replacing", "staged"]
 
+_KINDS = ("partial", "old")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -39,31 +40,49 @@ def check_target(target: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def staged(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yields a new folder beside `target` that takes its name when the block ends well; otherwise nothing remains.
+    """Yields a new folder beside `target` that becomes the bundle of that name when the block ends well.
 
-    Missing folders above the target are made, and removed again when the block fails, whatever ends it. With `force` a
-    bundle at the target is moved aside for the moment of renaming and deleted afterwards.
+    Otherwise nothing remains. With `force` a bundle at the target is replaced, see `replacing`.
 
     Raises:
         ExportError: the target must not be written over, the disk is full, or the place cannot be written to.
     """
     target = target.resolve()
     check_target(target, force=force)
+    advice = (
+        "A bundle takes about the size of the base in float32 plus its adapters; free some space or choose another "
+        "--output."
+    )
+    with replacing(target, advice) as folder:
+        yield folder
+        check_target(target, force=force)  # it may have appeared while the block ran
+
+
+@contextlib.contextmanager
+def replacing(target: Path, advice: str) -> Iterator[Path]:
+    """Yields a new folder beside `target` that takes its name when the block ends well; otherwise nothing remains.
+
+    Missing folders above the target are made, and removed again when the block fails, whatever ends it. What is at the
+    target is moved aside for the moment of renaming and deleted afterwards.
+
+    Args:
+        target: an absolute path.
+        advice: what to do about a full disk or a place that cannot be written to.
+
+    Raises:
+        ExportError: the disk is full, or the place cannot be written to.
+    """
     made: list[Path] = []
     folder = _sibling(target, "partial")
     try:
-        _open(folder, made)
+        _open(folder, made, advice)
         yield folder
-        check_target(target, force=force)  # it may have appeared while the block ran
         _publish(folder, target)
         made.clear()
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise ExportError(
-            f"{target} cannot be written: {error.strerror}. A bundle takes about the size of the base in float32 plus "
-            "its adapters; free some space or choose another --output. Nothing was left behind."
-        ) from error
+        raise ExportError(f"{target} cannot be written: {error.strerror}. {advice} Nothing was left behind.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in reversed(made):
@@ -71,11 +90,21 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed or lost its power left of `replacing` in `folder`.
+
+    The caller must know that nobody else is writing there.
+    """
+    for kind in _KINDS:
+        for left in folder.glob(f".*.{kind}-*"):
+            shutil.rmtree(left)
+
+
 def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
-def _open(folder: Path, made: list[Path]) -> None:
+def _open(folder: Path, made: list[Path], advice: str) -> None:
     """Makes `folder` and the missing folders above it, from the top down, noting the latter in `made`."""
     try:
         for parent in reversed(folder.parents):
@@ -86,9 +115,8 @@ def _open(folder: Path, made: list[Path]) -> None:
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise
-        raise ExportError(
-            f"No folder can be made in {folder.parent}: {error.strerror} ({error.filename}). Choose another --output."
-        ) from error
+        where = f"No folder can be made in {folder.parent}: {error.strerror} ({error.filename})."
+        raise ExportError(f"{where} {advice}") from error
 
 
 def _publish(folder: Path, target: Path) -> None:

@@ -5,13 +5,13 @@
 
 Fewer bits cannot agree with PyTorch to float32's rounding errors, so a variant is judged by what it writes: the tokens
 of every row on the sample clips, and, where labelled speech is given, the word error rate. A precision that a CPU
-cannot run is not compared here, and its report says so.
+cannot run is not compared here, and its report says so. Engines are judged in the same way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ __all__ = [
     "NEEDS_A_GPU",
     "check_variant",
     "compare_variant",
+    "compare_with_float32",
     "read_speech",
 ]
 
@@ -83,8 +84,23 @@ def compare_variant(
     """
     if precision in NEEDS_A_GPU:
         return VariantReport(0, 0, 0, None, None, NEEDS_A_GPU[precision])
+    return compare_with_float32(bundle, manifest, {"precision": precision}, samples, speech)
+
+
+def compare_with_float32(
+    bundle: Path, manifest: Manifest, choices: Mapping[str, Any], samples: Samples, speech: Sequence[Utterance]
+) -> VariantReport:
+    """Decodes with float32 on the CPU, and with a bundle that is loaded otherwise.
+
+    Args:
+        bundle: its files.
+        manifest: of the bundle.
+        choices: how `Transcriber.load` shall load it.
+        samples: audio, float32 [n] each at the model's rate.
+        speech: labelled utterances, or none.
+    """
     (exact, exact_wrong), (other, other_wrong) = (
-        _decode(bundle, manifest, name, samples, speech) for name in ("fp32", precision)
+        _decode(bundle, manifest, chosen, samples, speech) for chosen in ({"precision": "fp32"}, choices)
     )
     words = sum(len(_words(utterance.text)) for utterance in speech)
     return VariantReport(
@@ -116,10 +132,10 @@ def check_variant(precision: str, report: VariantReport) -> None:
 
 
 def _decode(
-    bundle: Path, manifest: Manifest, precision: str, samples: Samples, speech: Sequence[Utterance]
+    bundle: Path, manifest: Manifest, choices: Mapping[str, Any], samples: Samples, speech: Sequence[Utterance]
 ) -> tuple[list[tuple[int, ...]], int]:
     """(tokens of every row of every sample, wrong words of the speech)."""
-    with Transcriber.load(bundle, precision=precision, verify_files=False) as transcriber:
+    with Transcriber.load(bundle, verify_files=False, **choices) as transcriber:
         options: dict[str, Any] = {
             "rule": "hypothesis",
             "language": next(iter(manifest.tokens.languages), None),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from das_asr.export.checkpoint import Checkpoint, load_checkpoint
 from das_asr.export.clips import load_clips
+from das_asr.export.engine_check import check_engine_files, verify_engines
 from das_asr.runtime.adapters import load_adapter
 from das_asr.runtime.errors import BundleError, CheckpointError
-from das_asr.runtime.manifest import Manifest, ParityReport, check_files, read_manifest
+from das_asr.runtime.manifest import Manifest, ParityReport, VariantReport, check_files, read_manifest
 
 __all__ = ["Verification", "inspect_bundle", "verify_bundle"]
 
@@ -25,6 +26,7 @@ class Verification:
     parity: dict[str, ParityReport]  # precision -> measured now; empty when the base was not at hand
     base: str | None  # the checkpoint it was compared with
     skipped: str | None  # why there was no comparison
+    engines: dict[str, VariantReport]  # name -> measured now; empty when no GPU was asked for
 
 
 def inspect_bundle(path: str | Path) -> Manifest:
@@ -36,8 +38,8 @@ def inspect_bundle(path: str | Path) -> Manifest:
     return read_manifest(Path(path))
 
 
-def verify_bundle(path: str | Path, base: str | Path | None = None) -> Verification:
-    """Checks every file's hash and, with the base at hand, runs the parity gate again.
+def verify_bundle(path: str | Path, base: str | Path | None = None, device: str | None = None) -> Verification:
+    """Checks every file's hash and, with the base at hand, runs the parity gate again; on a GPU runs the engines.
 
     The adapters' PEFT checkpoints may be gone, so the oracle's rows are made from the adapters in the bundle, see
     `reference.delta_row`; the audio is the package's own.
@@ -45,21 +47,25 @@ def verify_bundle(path: str | Path, base: str | Path | None = None) -> Verificat
     Args:
         path: the bundle.
         base: folder or hub id of its base; None takes the recorded one if it is a folder that still exists.
+        device: `cuda` or `cuda:N` runs the engines there and marks in the manifest that they are verified.
 
     Raises:
         BundleError: a file is missing or changed, or `base` is not the bundle's base.
         CheckpointError: `base` cannot be read.
-        ParityError: the graphs do not compute what PyTorch computes.
+        ParityError: the graphs do not compute what PyTorch computes, or an engine writes something else than they do.
+        BackendError: there are no engines, or this machine cannot run them.
         ExportError: this ONNX Runtime cannot run the graphs.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
-    _log.info("checking %d files", len(manifest.files))
+    _log.info("checking files")
     check_files(manifest, directory)
+    files = len(manifest.files) + check_engine_files(directory, manifest)
+    engines = {} if device is None else verify_engines(directory, device)
     checkpoint, skipped = _given(manifest, base) if base is not None else _recorded(manifest)
     if checkpoint is None:
-        return Verification(len(manifest.files), {}, None, skipped)
-    return Verification(len(manifest.files), _parity(directory, manifest, checkpoint), checkpoint.id, None)
+        return Verification(files, {}, None, skipped, engines)
+    return Verification(files, _parity(directory, manifest, checkpoint), checkpoint.id, None, engines)
 
 
 def _given(manifest: Manifest, base: str | Path) -> tuple[Checkpoint, None]:

@@ -9,7 +9,9 @@ import click
 
 from das_asr.runtime.errors import DasError
 
-__all__ = ["Command", "Group", "NamedFolder", "Shard"]
+__all__ = ["Command", "Group", "NamedFolder", "Shard", "Size"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Command(click.Command):
@@ -61,3 +63,18 @@ class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in the newest
         if not (part.isdecimal() and parts.isdecimal()):
             self.fail(f"{value!r} was given, i/n is expected, such as 0/4 for the first of four.", param, ctx)
         return int(part), int(parts)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """`512M`, `2G` or a plain number -> bytes, in units of 1024; how the command lines take amounts of memory."""
+
+    name = "SIZE"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Splits off the unit."""
+        if isinstance(value, int):  # click converts defaults again
+            return value
+        number, unit = (value[:-1], value[-1].upper()) if value[-1:].isalpha() else (value, "")
+        if not number.isdecimal() or unit not in _UNITS:
+            self.fail(f"{value!r} was given, a size such as 512M or 2G is expected.", param, ctx)
+        return int(number) * _UNITS[unit]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ __all__ = [
     "AudioFrontEnd",
     "BaseModel",
     "Dimensions",
+    "EngineEntry",
     "Manifest",
     "ParityReport",
     "SpecialTokens",
     "VariantReport",
     "check_files",
+    "from_plain",
     "read_manifest",
     "sha256_of",
     "write_manifest",
@@ -146,6 +149,15 @@ class VariantReport:
 
 
 @dataclass(frozen=True)
+class EngineEntry:
+    """A pair of compiled graphs in `engines/<name>`; `engine.json` beside them says what they were built for."""
+
+    files: dict[str, str]  # path in that folder -> sha256; checked when the engine is used, not at every load
+    verified: bool  # whether it has run on a GPU and wrote what float32 writes
+    report: VariantReport | None  # what was measured then
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that the runtime must know about a bundle before it opens a graph."""
 
@@ -166,6 +178,7 @@ class Manifest:
     files: dict[str, str]  # relative POSIX path -> sha256
     created: str  # UTC, ISO 8601
     variants: dict[str, VariantReport] = field(default_factory=dict)  # precision -> report, for all but fp32
+    engines: dict[str, EngineEntry] = field(default_factory=dict)  # name -> engine, see `backends.engine_files`
 
     def graphs(self, directory: Path, precision: str | None) -> Path:
         """The folder with the graphs of a precision; None is the default.
@@ -194,9 +207,17 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
-    """Writes `manifest.json`; call it last, a folder without it is not a bundle."""
+    """Writes or replaces `manifest.json`, whole or not at all; call it last, a folder without it is not a bundle."""
     text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
-    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    partial = directory / f".{MANIFEST_NAME}.partial"
+    try:
+        with partial.open("w", encoding="utf-8") as handle:
+            handle.write(text + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(directory / MANIFEST_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -219,7 +240,7 @@ def read_manifest(directory: Path) -> Manifest:
             "Export the bundle again with this version of das-asr."
         )
     try:
-        return _build(Manifest, data, MANIFEST_NAME)
+        return from_plain(Manifest, data, MANIFEST_NAME)
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path} does not fit schema version {SCHEMA_VERSION}: {error}. Export it again.") from error
 
@@ -244,7 +265,7 @@ def check_files(manifest: Manifest, directory: Path) -> None:
 T = TypeVar("T")
 
 
-def _build(cls: type[T], data: object, where: str) -> T:
+def from_plain(cls: type[T], data: object, where: str) -> T:
     """Makes a frozen dataclass from plain JSON, refusing unknown, missing and mistyped fields."""
     if not isinstance(data, dict):
         raise TypeError(f"{where} must be an object, not {type(data).__name__}")
@@ -265,7 +286,7 @@ def _build(cls: type[T], data: object, where: str) -> T:
 def _convert(hint: Any, value: object, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, where)
+        return from_plain(typing.cast("type[Any]", hint), value, where)
     if origin is types.UnionType:
         return None if value is None else _convert(arguments[0], value, where)
     if origin is tuple and isinstance(value, list):

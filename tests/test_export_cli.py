@@ -17,7 +17,7 @@ from das_asr.export.cli import main
 from das_asr.export.options import PRECISIONS
 from das_asr.runtime.contract import RULE_CODES
 from das_asr.runtime.errors import ParityError
-from das_asr.runtime.manifest import Manifest, ParityReport, read_manifest
+from das_asr.runtime.manifest import Manifest, ParityReport, VariantReport, read_manifest
 from tests.bundles import make_bundle
 from tests.checkpoints import edit_config, make_adapter, make_base
 
@@ -213,9 +213,11 @@ def test_what_is_no_bundle_is_told(tmp_path: Path, command: str) -> None:
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str | None]]:
     asked: list[tuple[Path, str | None]] = []
 
-    def verify_bundle(bundle: Path, base: str | None) -> Verification:
+    def verify_bundle(bundle: Path, base: str | None, device: str | None) -> Verification:
         asked.append((bundle, base))
-        return Verification(8, {"fp32": REPORT}, base, None) if base else Verification(8, {}, None, "it is gone")
+        ran = {"tensorrt-sm90-fp16": VariantReport(300, 2, 0, None, None)} if device else {}
+        skipped = None if base else "it is gone"
+        return Verification(8, {"fp32": REPORT} if base else {}, base, skipped, ran)
 
     monkeypatch.setattr("das_asr.export.cli.verify_bundle", verify_bundle)
     return asked
@@ -227,7 +229,7 @@ def test_verify_tells_what_was_checked(verified: list[tuple[Path, str | None]]) 
     assert "318 tokens compared" in done.stdout
     assert "bundle: 8 files are as the manifest says" in done.stdout
     assert json.loads(run("verify", "bundle", "--base", "base", "--json").stdout) == json.loads(
-        json.dumps(dataclasses.asdict(Verification(8, {"fp32": REPORT}, "base", None)))
+        json.dumps(dataclasses.asdict(Verification(8, {"fp32": REPORT}, "base", None, {})))
     )
 
 
@@ -236,7 +238,12 @@ def test_verify_tells_what_was_not_checked(verified: list[tuple[Path, str | None
     assert "The graphs were not compared with PyTorch: it is gone." in done.stdout
 
 
+def test_verify_tells_what_ran_on_a_gpu(verified: list[tuple[Path, str | None]]) -> None:
+    done = run("verify", "bundle", "--base", "base", "--device", "cuda")
+    assert "Engine tensorrt-sm90-fp16 ran\n  2 of 300 tokens (0.7%) other than with fp32" in done.stdout
+
+
 def test_help_names_every_choice() -> None:
     text = run("onnx", "--help").stdout
     assert all(choice in text for choice in (*PRECISIONS, *RULE_CODES))
-    assert {"onnx", "inspect", "verify"} <= set(run("--help").stdout.split())
+    assert {"onnx", "engine", "inspect", "verify"} <= set(run("--help").stdout.split())

@@ -25,6 +25,8 @@ HEAVY = {
     "peft",
     "sherpa_onnx",
     "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
     "torch",
     "transformers",
 }
@@ -68,6 +70,7 @@ LIGHT_COMMANDS = [
     "das-transcribe",
     "das-export",
     "das-export onnx",
+    "das-export engine",
     "das-synth",
     "das-synth text",
     "das-synth speech",

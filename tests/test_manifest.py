@@ -20,9 +20,11 @@ from das_asr.runtime.manifest import (
     AudioFrontEnd,
     BaseModel,
     Dimensions,
+    EngineEntry,
     Manifest,
     ParityReport,
     SpecialTokens,
+    VariantReport,
     check_files,
     read_manifest,
     sha256_of,
@@ -39,6 +41,7 @@ REPORTS = st.builds(
     tolerance=NUMBERS,
     adapter_effects=st.dictionaries(st.text(), NUMBERS, max_size=3),
 )
+VARIANT_REPORTS = st.builds(VariantReport, wer=NUMBERS, wer_fp32=st.none())
 MANIFESTS = st.builds(
     Manifest,
     schema_version=st.just(SCHEMA_VERSION),
@@ -51,6 +54,9 @@ MANIFESTS = st.builds(
     parity=st.dictionaries(st.text(), REPORTS, max_size=2),
     files=STRINGS,
     tools=STRINGS,
+    engines=st.dictionaries(
+        st.text(), st.builds(EngineEntry, files=STRINGS, report=st.none() | VARIANT_REPORTS), max_size=2
+    ),
 )
 
 EXAMPLE = Manifest(
