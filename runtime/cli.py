@@ -12,7 +12,7 @@ import click
 
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import DasError
-from das_asr.runtime.options import SCORES, DecodingOptions
+from das_asr.runtime.options import AUDIO_CONTEXTS, SCORES, DecodingOptions
 from das_asr.runtime.selection import HYPOTHESIS, RULES
 
 if TYPE_CHECKING:
@@ -61,6 +61,14 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
     "--switch-cost", type=float, help="Let rows take over inside a text: free where they agree, else at this."
 )
 @click.option("--base-bias", type=float, default=0.0, show_default=True, help="In favour of the base's text.")
+@click.option(
+    "--audio-context",
+    type=click.Choice(AUDIO_CONTEXTS),
+    default="window",
+    show_default=True,
+    help="What the encoder hears: the model's window, or the audio and a margin.",
+)
+@click.option("--audio-margin", type=float, default=1.0, show_default=True, help="Seconds behind the audio, for fit.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=int, help="Threads; by default all cores.")
 @click.option("--precision", help="Of the graphs; by default the bundle's first.")

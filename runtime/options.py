@@ -9,9 +9,10 @@ from typing import Literal
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, check_rule
 
-__all__ = ["SCORES", "DecodingOptions"]
+__all__ = ["AUDIO_CONTEXTS", "SCORES", "DecodingOptions"]
 
 SCORES = ("mean", "total", "root")
+AUDIO_CONTEXTS = ("window", "fit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ class DecodingOptions:
         no_speech_threshold: with `logprob_threshold`, audio with a higher no-speech probability and a lower average
             log-probability is transcribed as empty. None skips the measurement, which costs one more decoder step.
         logprob_threshold: see `no_speech_threshold`.
+        audio_context: what the encoder hears: the whole `window`, as the model was trained, or with `fit` the longest
+            utterance of the batch and `audio_margin`. Less work, but not every checkpoint tolerates it: `das-bench
+            context` tells.
+        audio_margin: seconds of silence that `fit` keeps behind the audio.
     """
 
     language: str | None = None
@@ -52,6 +57,8 @@ class DecodingOptions:
     include_base: bool = True
     no_speech_threshold: float | None = 0.6
     logprob_threshold: float = -1.0
+    audio_context: Literal["window", "fit"] = "window"
+    audio_margin: float = 1.0
 
     def __post_init__(self) -> None:
         self._check_sequences()
@@ -67,8 +74,25 @@ class DecodingOptions:
                 f"logprob_threshold={self.logprob_threshold} works along with no_speech_threshold, which is None. "
                 "Give both, or neither."
             )
+        self._check_context()
         if self.rule is not None:
             self.check_scoring(check_rule(self.rule))
+
+    @property
+    def margin(self) -> float | None:
+        """Seconds of silence behind the audio; None is the rest of the window."""
+        return self.audio_margin if self.audio_context == "fit" else None
+
+    def _check_context(self) -> None:
+        if self.audio_context not in AUDIO_CONTEXTS:
+            raise OptionError(f"audio_context is {self.audio_context!r}, expected one of {', '.join(AUDIO_CONTEXTS)}.")
+        if not 0 <= self.audio_margin < math.inf:
+            raise OptionError(f"audio_margin is {self.audio_margin}, expected seconds, 0 or more.")
+        if self.audio_margin != 1.0 and self.audio_context != "fit":
+            raise OptionError(
+                f"audio_margin={self.audio_margin} belongs to audio_context='fit', but that is "
+                f"{self.audio_context!r}. Drop either."
+            )
 
     def _check_sequences(self) -> None:
         if isinstance(self.adapters, str):

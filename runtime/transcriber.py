@@ -200,7 +200,7 @@ class Transcriber:
                 silent: Future[Transcription] = Future()
                 silent.set_result(job.silence(duration, clock.stop(duration)))
                 return silent
-            features = self._features.batch([samples])[0]
+            features = self._features.batch([samples], chosen.margin)[0]
             clock.lap("features")
 
             def finish(decoded: DecodedBatch, stages: Stages) -> Transcription:
@@ -276,7 +276,7 @@ class Transcriber:
         transcripts: dict[int, Transcript] = {}
         if audible:
             decoded = self._decode(
-                [samples[index] for index in audible], adapters.loaded, job.plan(), job.prompts(), clock
+                [samples[index] for index in audible], options.margin, adapters.loaded, job.plan(), job.prompts(), clock
             )
             transcripts = {index: job.transcript(decoded, place) for place, index in enumerate(audible)}
         seconds = [len(utterance) / self.manifest.audio.sample_rate for utterance in samples]
@@ -289,11 +289,17 @@ class Transcriber:
         ]
 
     def _decode(
-        self, samples: list[Samples], stack: LoadedStack, plan: Plan, prompts: list[Prompt], clock: Clock
+        self,
+        samples: list[Samples],
+        margin: float | None,
+        stack: LoadedStack,
+        plan: Plan,
+        prompts: list[Prompt],
+        clock: Clock,
     ) -> DecodedBatch:
         """Features, encoder, loop."""
         clock.lap(None)
-        features = self._features.batch(samples)
+        features = self._features.batch(samples, margin)
         clock.lap("features")
         encoded = self._backend.encode(features, stack)
         clock.lap("encoder")

@@ -126,7 +126,11 @@ class Backend(Protocol):
         ...
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
-        """Runs the encoder on features [B, mels, frames]."""
+        """Runs the encoder on features [B, mels, frames] of a window or its beginning.
+
+        Raises:
+            BundleError: the encoder takes whole windows only, and these are shorter.
+        """
         ...
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> DecodingBatch:

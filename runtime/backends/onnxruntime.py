@@ -20,7 +20,7 @@ from das_asr.runtime.backends.huge_pages import HugePages
 from das_asr.runtime.backends.slots import SlotBuffers
 from das_asr.runtime.cache import GrowingCache
 from das_asr.runtime.contract import ALONE, cache_names, decoder_inputs, encoder_inputs, encoder_outputs
-from das_asr.runtime.errors import BackendError
+from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Dimensions, Manifest
 
 __all__ = ["Binding", "OnnxRuntimeBackend", "OnnxRuntimeBatch", "OnnxRuntimeSlots"]
@@ -112,6 +112,7 @@ class OnnxRuntimeBackend:
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
+        self._check_frames(features.shape[2])
         if self._alone and features.shape[0] > 1:
             return self._joined([self.encode(features[index : index + 1], stack) for index in range(len(features))])
         binding = Binding(self._encoder, self._device, self._device_id)
@@ -120,6 +121,14 @@ class OnnxRuntimeBackend:
         names = [spec.name for spec in encoder_outputs(self._dims)]
         tensors, _ = binding.run(names, ())
         return Encoded(features.shape[0], dict(zip(names, tensors, strict=True)))
+
+    def _check_frames(self, frames: int) -> None:
+        window = next(given.shape[2] for given in self._encoder.get_inputs() if given.name == "features")
+        if isinstance(window, int) and frames != window:
+            raise BundleError(
+                f"This bundle's encoder takes whole windows of {window} frames, not {frames}. Export it again, or leave "
+                "audio_context at 'window'."
+            )
 
     def _joined(self, parts: Sequence[Encoded]) -> Encoded:
         """Utterances that were encoded one by one as a batch."""
