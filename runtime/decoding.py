@@ -2,7 +2,7 @@
 
 Shared history is ADML (DAS paper, Algorithm 1): at every step one row's token is chosen and fed to all rows. With own
 history (`hypothesis`) each row goes on with its own token in the same batch, so both cost the same per step. The graph
-chooses and feeds the next ids itself; the host only looks for the end.
+chooses and feeds the next ids itself; the host only looks for the end. Rows that nobody needs any more leave the batch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.runtime.backends.base import Control, DecodingBatch, Step
+from das_asr.runtime.backends.base import Control, DecodingBatch, LoadedStack, Step
+from das_asr.runtime.pruning import Pruning, RowJudge
 from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, StepCandidates, choose_rows
 
-__all__ = ["DecodedBatch", "Plan", "Prompt", "Writing", "decode", "prefill", "wants_logits"]
+__all__ = ["Cut", "DecodedBatch", "Plan", "Prompt", "Writing", "decode", "prefill", "wants_logits"]
+
+_WORTH_A_CUT = 0.75  # of the rows, at most, may be left
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Plan:
     probe: (
         Callable[[NDArray[np.float32]], list[Prompt] | None] | None
     )  # logits [B, R, V] -> prompts of the same lengths
+    pruning: Pruning | None = None
+    subset: Callable[[tuple[int, ...]], LoadedStack] | None = None
+    """Adapters of some rows only, by their index; None: rows that are not needed any more stay in the batch."""
 
     @property
     def host_rule(self) -> SelectionRule | None:
@@ -55,9 +61,11 @@ class DecodedBatch:
     logprobs: NDArray[np.float32]  # [T, B, R]
     rows: NDArray[np.int64]  # [T, B]: the row that chose; meaningless with own history
     lengths: NDArray[np.int64]  # [B, R]: tokens before end-of-text; with shared history the same in every row
-    finished: NDArray[np.bool_]  # [B, R]: ended with end-of-text, not by the limit
+    finished: NDArray[np.bool_]  # [B, R]: ended with end-of-text, neither by the limit nor pruned
+    pruned: NDArray[np.int64]  # [B, R]: tokens after which the row stopped early, -1 if it did not
     prefill_seconds: float
     step_seconds: tuple[float, ...]
+    step_rows: tuple[int, ...]  # rows in the batch at each step
 
 
 def decode(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> DecodedBatch:
@@ -69,6 +77,8 @@ def decode(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> Decod
     step_seconds = []
     while transcript.write(step):
         began = perf_counter()
+        if plan.subset is not None and (cut := transcript.cut()) is not None:
+            batch.keep_rows(cut.places, cut.row_mask, plan.subset(cut.rows))
         step = batch.run(
             transcript.position(), transcript.prompt_last, transcript.next_ids(), logits=wants_logits(plan)
         )
@@ -122,6 +132,15 @@ def _feed(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan, begin: in
     return batch.run(begin - padded.pads, end - 1 - padded.pads, ids, logits=logits)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The rows that a batch goes on with."""
+
+    rows: tuple[int, ...]  # their indices, ascending from 0
+    places: NDArray[np.int64]  # [R'] where they are in the batch now
+    row_mask: NDArray[np.bool_]  # [B, R']
+
+
 class Writing:
     """What a batch has written so far, and who is still writing."""
 
@@ -132,10 +151,15 @@ class Writing:
         room = plan.text_positions - prompt_lengths
         self._limits = room if plan.max_tokens is None else np.minimum(room, plan.max_tokens)  # [B]
         self._shortest = int(self._limits.min())
-        shape = plan.control.row_mask.shape
+        batch, rows = plan.control.row_mask.shape
+        shape = (batch, rows)
         self._own = plan.rule == HYPOTHESIS
-        self._utterances = np.arange(shape[0])
-        self._alive = np.ones(shape, np.bool_)
+        self._utterances = np.arange(batch)
+        self._alive: NDArray[np.bool_] = np.ones(shape, np.bool_)
+        self._judge = None if plan.pruning is None else RowJudge(plan.pruning, shape)
+        self._pruned: NDArray[np.int64] = np.full(shape, -1, np.int64)
+        self._in_batch = np.arange(rows)  # indices of the rows that the decoder computes
+        self._widths: list[int] = []
         self._steps: list[Step] = []
         self._rows: list[NDArray[np.int64]] = []
         self._written: list[NDArray[np.int64]] = []  # [B, R] each
@@ -146,18 +170,49 @@ class Writing:
         It does as little as it can: a step of the decoder leaves nothing of ours in the CPU's cache, and each array
         operation here costs ten times what it does in a loop of its own.
         """
+        self._widths.append(step.candidate.shape[1])
+        step = self._widened(step)
         row = self._choose(step)
         chosen = step.candidate[self._utterances, row]  # [B]
         written = step.candidate if self._own else np.broadcast_to(chosen[:, None], step.candidate.shape)
         self._steps.append(step)
         self._rows.append(row)
         self._written.append(written)
-        ended = written == self._plan.end_of_text
+        wrote = self._alive
+        ended: NDArray[np.bool_] = np.equal(written, self._plan.end_of_text)
         if ended.any():
-            self._alive &= ~ended
+            self._alive = self._alive & ~ended
         if len(self._steps) >= self._shortest:
-            self._alive &= (len(self._steps) < self._limits)[:, None]
+            self._alive = self._alive & (len(self._steps) < self._limits)[:, None]
+        if self._judge is not None:
+            stops = self._judge.judge(step, written, wrote, self._alive)
+            self._pruned[stops] = len(self._steps)
+            self._alive = self._alive & ~stops
         return bool(self._alive.any())
+
+    def _widened(self, step: Step) -> Step:
+        """The outcome for all rows; those that have left the batch write end-of-text."""
+        if len(self._in_batch) == self._alive.shape[1]:
+            return step
+        candidate = np.full(self._alive.shape, self._plan.end_of_text, np.int64)
+        logprob = np.full(self._alive.shape, -np.inf, np.float32)
+        candidate[:, self._in_batch], logprob[:, self._in_batch] = step.candidate, step.logprob
+        return Step(self._in_batch[step.row], candidate, logprob)
+
+    def cut(self) -> Cut | None:
+        """The rows to go on with; None where leaving some out is not worth it yet.
+
+        A cut copies what stays, caches and adapters, which takes about as long as a run of as many rows more.
+        """
+        needed: NDArray[np.bool_] = self._alive.any(axis=0)
+        needed[0] = True
+        rows = self._in_batch[needed[self._in_batch]]
+        capped = self._judge is not None and self._judge.caps
+        if len(rows) > _WORTH_A_CUT * len(self._in_batch) and not capped:
+            return None
+        places = np.searchsorted(self._in_batch, rows)
+        self._in_batch = rows
+        return Cut(tuple(rows.tolist()), places, self._pruned[:, rows] < 0)
 
     def _choose(self, step: Step) -> NDArray[np.int64]:
         rule = self._plan.host_rule
@@ -184,12 +239,18 @@ class Writing:
         within = np.arange(len(written))[:, None, None] < self._limits[:, None]
         ends = within & (written == self._plan.end_of_text)
         finished = ends.any(axis=0)
+        lengths = np.where(finished, ends.argmax(axis=0), self._limits[:, None])
+        if self._own:
+            stopped = self._pruned >= 0
+            finished, lengths = finished & ~stopped, np.where(stopped, self._pruned, lengths)
         return DecodedBatch(
             candidates=np.stack([step.candidate for step in self._steps]),
             logprobs=np.stack([step.logprob for step in self._steps]),
             rows=np.stack(self._rows),
-            lengths=np.where(finished, ends.argmax(axis=0), self._limits[:, None]),
+            lengths=lengths,
             finished=finished,
+            pruned=self._pruned,
             prefill_seconds=prefill_seconds,
             step_seconds=step_seconds,
+            step_rows=tuple(self._widths[1:]),
         )

@@ -4,8 +4,9 @@
     batch = features.batch([first, second])  # float32 [2, mels, frames]
     short = features.batch([first, second], margin=1.0)  # as many frames as the longer one and a second need
 
-The audio is padded with zeros to the model window, or to as much of it as is asked for; the frames are the same. Most utterances are much shorter than the window, and a frame that
-sees only padding has a known value, so the transform runs over the audio alone.
+The audio is padded with zeros to the model window, or to as much of it as is asked for; the frames are the same. Most
+utterances are much shorter than the window, and a frame that sees only padding has a known value, so the transform runs
+over the audio alone.
 """
 
 from __future__ import annotations

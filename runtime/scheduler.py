@@ -4,10 +4,10 @@
     future = scheduler.submit(request)
     transcription = future.result()
 
-Requests with the same adapters and encoder context share a lane: one run of the decoder per step, whatever their ages, prompts, rules and
-limits. Lanes take turns, a step each. Requests are admitted in the order they came, as places become free, and one
-between two steps: so nobody waits for the encoder more than once per token. A request that is cancelled, or whose
-deadline passes, leaves at the next step. While there is nothing to do the thread sleeps.
+Requests with the same adapters and encoder context share a lane: one run of the decoder per step, whatever their ages,
+prompts, rules and limits. Lanes take turns, a step each. Requests are admitted in the order they came, as places become
+free, and one between two steps: so nobody waits for the encoder more than once per token. A request that is cancelled,
+or whose deadline passes, leaves at the next step. While there is nothing to do the thread sleeps.
 """
 
 from __future__ import annotations

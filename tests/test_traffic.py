@@ -39,6 +39,7 @@ class Keeping:
     def __init__(self, backend: OnnxRuntimeBackend, wrap: Callable[[OnnxRuntimeBatch], DecodingBatch]) -> None:
         self._backend, self._wrap = backend, wrap
         self.batches: list[DecodingBatch] = []
+        self.prunes = backend.prunes
         self.load_stack, self.encode, self.close = backend.load_stack, backend.encode, backend.close
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> DecodingBatch:
