@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from das_asr.runtime.backends.base import Control, DecodingBatch, LoadedStack, Step
+from das_asr.runtime.live_rows import Cut, LiveRows
 from das_asr.runtime.pruning import Pruning, RowJudge
 from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, StepCandidates, choose_rows
 
-__all__ = ["Cut", "DecodedBatch", "Plan", "Prompt", "Writing", "decode", "prefill", "wants_logits"]
-
-_WORTH_A_CUT = 0.75  # of the rows, at most, may be left
+__all__ = ["DecodedBatch", "Plan", "Prompt", "Writing", "decode", "prefill", "wants_logits"]
 
 
 @dataclass(frozen=True)
@@ -132,15 +131,6 @@ def _feed(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan, begin: in
     return batch.run(begin - padded.pads, end - 1 - padded.pads, ids, logits=logits)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The rows that a batch goes on with."""
-
-    rows: tuple[int, ...]  # their indices, ascending from 0
-    places: NDArray[np.int64]  # [R'] where they are in the batch now
-    row_mask: NDArray[np.bool_]  # [B, R']
-
-
 class Writing:
     """What a batch has written so far, and who is still writing."""
 
@@ -158,7 +148,7 @@ class Writing:
         self._alive: NDArray[np.bool_] = np.ones(shape, np.bool_)
         self._judge = None if plan.pruning is None else RowJudge(plan.pruning, shape)
         self._pruned: NDArray[np.int64] = np.full(shape, -1, np.int64)
-        self._in_batch = np.arange(rows)  # indices of the rows that the decoder computes
+        self._rows_in_batch = LiveRows(batch, rows, plan.end_of_text)
         self._widths: list[int] = []
         self._steps: list[Step] = []
         self._rows: list[NDArray[np.int64]] = []
@@ -171,7 +161,7 @@ class Writing:
         operation here costs ten times what it does in a loop of its own.
         """
         self._widths.append(step.candidate.shape[1])
-        step = self._widened(step)
+        step = self._rows_in_batch.widened(step)
         row = self._choose(step)
         chosen = step.candidate[self._utterances, row]  # [B]
         written = step.candidate if self._own else np.broadcast_to(chosen[:, None], step.candidate.shape)
@@ -179,7 +169,7 @@ class Writing:
         self._rows.append(row)
         self._written.append(written)
         wrote = self._alive
-        ended: NDArray[np.bool_] = np.equal(written, self._plan.end_of_text)
+        ended = np.equal(written, self._plan.end_of_text)
         if ended.any():
             self._alive = self._alive & ~ended
         if len(self._steps) >= self._shortest:
@@ -190,29 +180,10 @@ class Writing:
             self._alive = self._alive & ~stops
         return bool(self._alive.any())
 
-    def _widened(self, step: Step) -> Step:
-        """The outcome for all rows; those that have left the batch write end-of-text."""
-        if len(self._in_batch) == self._alive.shape[1]:
-            return step
-        candidate = np.full(self._alive.shape, self._plan.end_of_text, np.int64)
-        logprob = np.full(self._alive.shape, -np.inf, np.float32)
-        candidate[:, self._in_batch], logprob[:, self._in_batch] = step.candidate, step.logprob
-        return Step(self._in_batch[step.row], candidate, logprob)
-
     def cut(self) -> Cut | None:
-        """The rows to go on with; None where leaving some out is not worth it yet.
-
-        A cut copies what stays, caches and adapters, which takes about as long as a run of as many rows more.
-        """
-        needed: NDArray[np.bool_] = self._alive.any(axis=0)
-        needed[0] = True
-        rows = self._in_batch[needed[self._in_batch]]
-        capped = self._judge is not None and self._judge.caps
-        if len(rows) > _WORTH_A_CUT * len(self._in_batch) and not capped:
-            return None
-        places = np.searchsorted(self._in_batch, rows)
-        self._in_batch = rows
-        return Cut(tuple(rows.tolist()), places, self._pruned[:, rows] < 0)
+        """The rows to go on with, if fewer are worth it or others take part in the selection."""
+        at_once = self._judge is not None and self._judge.caps
+        return self._rows_in_batch.cut(self._alive, self._pruned < 0, at_once=at_once)
 
     def _choose(self, step: Step) -> NDArray[np.int64]:
         rule = self._plan.host_rule

@@ -103,6 +103,8 @@ class OnnxRuntimeBackend:
         pages = HugePages() if options.huge_pages else None
         self._encoder = self._session(directory / "encoder.onnx", options)
         self._decoder = self._session(directory / "decoder.onnx", options)
+        # A number in bundles whose encoder takes nothing else, a symbol in those that take less.
+        self._window = next(given.shape[2] for given in self._encoder.get_inputs() if given.name == "features")
         self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
         if pages is not None:
             pages.advise()
@@ -132,7 +134,7 @@ class OnnxRuntimeBackend:
         return Encoded(features.shape[0], dict(zip(names, tensors, strict=True)))
 
     def _check_frames(self, frames: int) -> None:
-        window = next(given.shape[2] for given in self._encoder.get_inputs() if given.name == "features")
+        window = self._window
         if isinstance(window, int) and frames != window:
             raise BundleError(
                 f"This bundle's encoder takes whole windows of {window} frames, not {frames}. Export it again, or "
