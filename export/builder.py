@@ -17,14 +17,20 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from das_asr.runtime.contract import TensorSpec
+from das_asr.runtime.contract import DType, TensorSpec
 
-__all__ = ["GraphBuilder", "Value", "WeightFile"]
+__all__ = ["GraphBuilder", "Value", "WeightFile", "value_info"]
 
 Value = str
 """The name of a tensor in the graph."""
 
-_ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+_ELEMENT_TYPES: dict[DType, int] = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}
 _ALIGNMENT = 4096  # a page, so that a weight can be memory-mapped where it lies
 
 
@@ -36,17 +42,17 @@ class WeightFile:
         self._handle = path.open("wb")
         self._tensors: dict[str, TensorProto] = {}
 
-    def add(self, name: str, array: NDArray[np.float32]) -> TensorProto:
+    def add(self, name: str, array: NDArray[Any]) -> TensorProto:
         """Writes `array` unless a tensor of that name is already in the file; returns the reference to it."""
         if name not in self._tensors:
-            self._tensors[name] = self._write(name, np.ascontiguousarray(array, dtype=np.float32))
+            self._tensors[name] = self._write(name, np.ascontiguousarray(array))
         return self._tensors[name]
 
-    def _write(self, name: str, array: NDArray[np.float32]) -> TensorProto:
+    def _write(self, name: str, array: NDArray[Any]) -> TensorProto:
         offset = -(-self._handle.tell() // _ALIGNMENT) * _ALIGNMENT
         self._handle.seek(offset)
         self._handle.write(array.tobytes())
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.path.name), ("offset", offset), ("length", array.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -87,7 +93,7 @@ class GraphBuilder:
     def input(self, spec: TensorSpec, doc: str = "") -> Value:
         """Declares a graph input."""
         self._claim(spec.name)
-        self._inputs.append(_value_info(spec, doc))
+        self._inputs.append(value_info(spec, doc))
         return spec.name
 
     def overridable(self, spec: TensorSpec, default: NDArray[np.float32], doc: str = "") -> Value:
@@ -103,7 +109,7 @@ class GraphBuilder:
         """
         self._claim(spec.name)
         self._renamed[value] = spec.name
-        self._outputs.append(_value_info(spec, doc))
+        self._outputs.append(value_info(spec, doc))
 
     def weight(self, name: str, array: NDArray[np.float32]) -> Value:
         """A weight under its checkpoint name, kept in the external file; adding it again gives the same tensor."""
@@ -119,6 +125,11 @@ class GraphBuilder:
             self._claim(full)
             self._initializers[full] = numpy_helper.from_array(np.asarray(value, dtype=dtype), full)
         return full
+
+    def dimension(self, x: Value, axis: int, name: str) -> Value:
+        """One dimension of x as an int64 scalar."""
+        shape = self.op("Shape", x, name=f"{name}/shape", start=axis, end=axis + 1)
+        return self.op("Squeeze", shape, self.constant("axis_0", [0]), name=name)
 
     def op(self, kind: str, *inputs: Value, name: str | None = None, **attributes: Any) -> Value:
         """Adds a node with one output and returns it; `name` defaults to the operator's."""
@@ -151,5 +162,6 @@ class GraphBuilder:
         return name
 
 
-def _value_info(spec: TensorSpec, doc: str) -> onnx.ValueInfoProto:
+def value_info(spec: TensorSpec, doc: str) -> onnx.ValueInfoProto:
+    """The declaration of a graph input or output."""
     return helper.make_tensor_value_info(spec.name, _ELEMENT_TYPES[spec.dtype], spec.shape, doc_string=doc)

@@ -138,11 +138,15 @@ def _write(options: ExportOptions, sources: _Sources, directory: Path) -> Manife
 
 
 def _write_variants(precisions: Sequence[str], checkpoint: Checkpoint, directory: Path) -> None:
+    from das_asr.export.half import HALF_PRECISIONS, write_half
     from das_asr.export.precision import write_variant
 
     for precision in precisions:
         _log.info("writing %s", precision)
-        write_variant(directory, precision, checkpoint.dimensions)
+        if precision in HALF_PRECISIONS:
+            write_half(directory, precision, checkpoint.dimensions, directory / precision)
+        else:
+            write_variant(directory, precision, checkpoint.dimensions)
 
 
 def _gate(draft: Manifest, sources: _Sources, directory: Path) -> ParityReport:

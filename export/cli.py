@@ -156,6 +156,9 @@ def _print_parity(parity: Mapping[str, ParityReport]) -> None:
 
 def _print_variants(variants: Mapping[str, VariantReport]) -> None:
     for precision, report in variants.items():
+        if report.not_compared is not None:
+            click.echo(f"Precision {precision}: not compared with fp32, for {report.not_compared}")
+            continue
         line = (
             f"Precision {precision}: {report.tokens_differing} of {report.tokens_compared} tokens "
             f"({report.disagreement:.1%}) other than with fp32"

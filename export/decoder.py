@@ -1,4 +1,4 @@
-"""Whisper's decoder with a batched adapter dimension, one ONNX graph for prefill and step.
+"""Whisper's decoder with a batched adapter dimension, one ONNX graph for prefill and step, with either cache.
 
 Hidden states are [B, R, n, D]: B utterances, R rows (row 0 the base, row i base + LoRA i), n new tokens. Row i's
 projection is x W + (x A_i) B_i as one product over all rows plus two batched ones. Shapes use the symbols of
@@ -7,29 +7,35 @@ projection is x W + (x A_i) B_i as one product over all rows plus two batched on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 from onnx import TensorProto
 
 from das_asr.export.builder import GraphBuilder, Value
+from das_asr.export.caches import Cache, GrowingCache, StaticCache
 from das_asr.export.graph import WeightSource, feed_forward, layer_norm, linear
 from das_asr.export.selection import candidates, select
 from das_asr.runtime.adapters import Stack
-from das_asr.runtime.contract import decoder_inputs, decoder_outputs
+from das_asr.runtime.contract import (
+    TensorSpec,
+    decoder_inputs,
+    decoder_outputs,
+    static_decoder_inputs,
+    static_decoder_outputs,
+)
 from das_asr.runtime.manifest import Dimensions
 
-__all__ = ["DECODER_OPSET", "Cache", "GrowingCache", "build_decoder"]
+__all__ = ["DECODER_OPSET", "STATIC_OPSET", "build_decoder", "build_static_decoder"]
 
 DECODER_OPSET = 20  # the first with Gelu; nothing newer is needed, so older runtimes can load the file
-
-_MASKED = -1e9  # finite: a padding query sees no key at all, and its softmax must not become NaN
+STATIC_OPSET = 24  # the first with TensorScatter
 
 _INPUT_DOCS = {
     "ids": "new tokens, each row its own",
     "position": "position of the first new token in the utterance's own history; negative under left padding",
     "first_valid": "first cache slot that is not padding",
+    "attended": "number of cache slots that attention reads: all that were written lie below",
     "prompt_last": "position of the last prompt token",
     "rule": "selection rule of the utterance: 0 base, 1 paper, 2 gain, 3 deviation-max, 4 hypothesis (own history)",
     "tau": "threshold of the rule in probability units (paper, Eq. 3)",
@@ -44,49 +50,6 @@ _OUTPUT_DOCS = {
     "logprob": "natural log-probability of each row's candidate after suppression",
     "logits": "logits of every row before suppression",
 }
-
-
-class Cache(Protocol):
-    """How the self-attention cache lives in the graph; the decoder does not know which one it has."""
-
-    def mask(self, g: GraphBuilder) -> Value:
-        """Additive attention mask, broadcastable to [B, R, H, n, keys]."""
-        ...
-
-    def append(self, g: GraphBuilder, layer: int, k: Value, v: Value) -> tuple[Value, Value]:
-        """Takes the new k, v [B, R, H, n, d] of a layer, returns all keys and values to attend to."""
-        ...
-
-
-@dataclass(frozen=True)
-class GrowingCache:
-    """Concatenates past and new: `present` is one longer than `past` after every step. The fast form on CPU."""
-
-    inputs: dict[str, Value]
-
-    def mask(self, g: GraphBuilder) -> Value:
-        """A slot is visible from its utterance's first valid one up to the query's own: [B, 1, 1, n, T + n]."""
-        new = _dimension(g, self.inputs["ids"], 2, "new_tokens")
-        past = _dimension(g, self.inputs["past_k0"], 3, "past_tokens")
-        zero, one = g.constant("zero", 0), g.constant("step", 1)
-        slots = g.op("Range", zero, g.op("Add", past, new, name="total_tokens"), one, name="slots")
-        own = g.op("Add", past, g.op("Range", zero, new, one, name="offsets"), name="own_slots")
-        own = g.op("Unsqueeze", own, g.constant("axis_last", [-1]), name="own_slot_rows")  # [n, 1]
-        first = g.op("Reshape", self.inputs["first_valid"], g.constant("to_batch_5d", [-1, 1, 1, 1, 1]), name="first")
-        visible = g.op(
-            "And",
-            g.op("LessOrEqual", slots, own, name="not_ahead"),
-            g.op("GreaterOrEqual", slots, first, name="not_padding"),
-            name="visible",
-        )
-        allow, forbid = g.constant("allow", 0.0, np.float32), g.constant("forbid", _MASKED, np.float32)
-        return g.op("Where", visible, allow, forbid, name="mask")
-
-    def append(self, g: GraphBuilder, layer: int, k: Value, v: Value) -> tuple[Value, Value]:
-        """Present = concat(past, new) along the slots."""
-        k = g.op("Concat", self.inputs[f"past_k{layer}"], k, name="all_k", axis=3)
-        v = g.op("Concat", self.inputs[f"past_v{layer}"], v, name="all_v", axis=3)
-        return k, v
 
 
 @dataclass(frozen=True)
@@ -123,36 +86,54 @@ class _Shared:
 
 def build_decoder(g: GraphBuilder, source: WeightSource, dims: Dimensions, stack: Stack) -> None:
     """Writes the growing-cache decoder of `runtime.contract` into `g`."""
-    inputs = {
+    inputs = _inputs(g, decoder_inputs(dims), stack)
+    with g.scope("decoder"):
+        cache = GrowingCache(g, inputs)
+    _build(g, source, dims, inputs, cache, decoder_outputs(dims))
+
+
+def build_static_decoder(g: GraphBuilder, source: WeightSource, dims: Dimensions, stack: Stack) -> None:
+    """Writes the static-cache decoder of `runtime.contract` into `g`."""
+    inputs = _inputs(g, static_decoder_inputs(dims), stack)
+    with g.scope("decoder"):
+        cache = StaticCache(g, inputs, dims)
+    _build(g, source, dims, inputs, cache, static_decoder_outputs(dims))
+
+
+def _inputs(g: GraphBuilder, specs: Sequence[TensorSpec], stack: Stack) -> dict[str, Value]:
+    return {
         spec.name: g.overridable(spec, stack.tensors[spec.name], "LoRA of each row, scale folded into B; row 0 is zero")
         if spec.name in stack.tensors
         else g.input(spec, _INPUT_DOCS.get(spec.name, ""))
-        for spec in decoder_inputs(dims)
+        for spec in specs
     }
-    cache = GrowingCache(inputs)
+
+
+def _build(
+    g: GraphBuilder,
+    source: WeightSource,
+    dims: Dimensions,
+    inputs: dict[str, Value],
+    cache: Cache,
+    outputs: Sequence[TensorSpec],
+) -> None:
     with g.scope("decoder"):
         x = _embed(g, source, inputs)
-        mask = cache.mask(g)
+        mask = cache.mask()
         shared = _shared_shapes(g, source, dims, inputs, x)
         present: dict[str, Value] = {}
         for layer in range(dims.decoder_layers):
             with g.scope(f"layers.{layer}"):
                 x, present[f"present_k{layer}"], present[f"present_v{layer}"] = _layer(shared, cache, mask, layer, x)
         logits, is_first = _logits(g, source, dims, inputs, x)
-    outputs = present | _choose(g, inputs, logits, is_first)
-    for spec in decoder_outputs(dims):
-        g.output(spec, outputs[spec.name], _OUTPUT_DOCS.get(spec.name, ""))
-
-
-def _dimension(g: GraphBuilder, x: Value, axis: int, name: str) -> Value:
-    """One dimension of x as an int64 scalar."""
-    shape = g.op("Shape", x, name=f"{name}/shape", start=axis, end=axis + 1)
-    return g.op("Squeeze", shape, g.constant("axis_0", [0]), name=name)
+    made = present | _choose(g, inputs, logits, is_first)
+    for spec in outputs:
+        g.output(spec, made[spec.name], _OUTPUT_DOCS.get(spec.name, ""))
 
 
 def _embed(g: GraphBuilder, source: WeightSource, inputs: dict[str, Value]) -> Value:
     """Token plus position embedding, [B, R, n, D]; padding before position 0 borrows position 0."""
-    new = _dimension(g, inputs["ids"], 2, "ids_length")
+    new = g.dimension(inputs["ids"], 2, name="ids_length")
     steps = g.op("Range", g.constant("zero", 0), new, g.constant("step", 1), name="steps")
     start = g.op("Unsqueeze", inputs["position"], g.constant("axis_last", [-1]), name="start")
     positions = g.op("Max", g.op("Add", start, steps, name="raw_positions"), g.constant("zero", 0), name="positions")
@@ -185,7 +166,7 @@ def _shared_shapes(
 
 
 def _layer(s: _Shared, cache: Cache, mask: Value, layer: int, x: Value) -> tuple[Value, Value, Value]:
-    """One pre-norm decoder layer: (x, all keys, all values)."""
+    """One pre-norm decoder layer: (x, present keys, present values)."""
     g, path = s.g, f"model.decoder.layers.{layer}"
     with g.scope("self_attn"):
         y, k, v = _self_attention(s, cache, mask, layer, layer_norm(g, s.source, f"{path}.self_attn_layer_norm", x))
@@ -197,16 +178,17 @@ def _layer(s: _Shared, cache: Cache, mask: Value, layer: int, x: Value) -> tuple
 
 
 def _self_attention(s: _Shared, cache: Cache, mask: Value, layer: int, x: Value) -> tuple[Value, Value, Value]:
-    """Causal attention of every row over its own history: (y [B, R, n, D], all keys, all values)."""
+    """Causal attention of every row over its own history: (y [B, R, n, D], present keys, present values)."""
     g, path = s.g, f"model.decoder.layers.{layer}.self_attn"
     q = g.op("Add", linear(g, s.source, f"{path}.q_proj", x), s.lora("sq", layer, x), name="q")
     v = g.op("Add", linear(g, s.source, f"{path}.v_proj", x), s.lora("sv", layer, x), name="v")
     k = linear(g, s.source, f"{path}.k_proj", x, bias=False, scale=s.dims.head_size**-0.5)
-    keys, values = cache.append(g, layer, s.heads(k, "k_heads"), s.heads(v, "v_heads"))
+    present_k, keys = cache.append(f"k{layer}", s.heads(k, "k_heads"))
+    present_v, values = cache.append(f"v{layer}", s.heads(v, "v_heads"))
     keys_t = g.op("Transpose", keys, name="keys_t", perm=[0, 1, 2, 4, 3])
     scores = g.op("MatMul", s.heads(q, "q_heads"), keys_t, name="scores")
     weights = g.op("Softmax", g.op("Add", scores, mask, name="masked_scores"), name="weights", axis=-1)
-    return s.merge(g.op("MatMul", weights, values, name="context"), "merged"), keys, values
+    return s.merge(g.op("MatMul", weights, values, name="context"), "merged"), present_k, present_v
 
 
 def _cross_attention(s: _Shared, layer: int, x: Value) -> Value:

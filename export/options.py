@@ -10,7 +10,7 @@ from das_asr.runtime.errors import OptionError
 
 __all__ = ["PRECISIONS", "AdapterSource", "ExportOptions"]
 
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4", "fp16", "bf16")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@
 On the files as shipped, with the adapters as the graphs carry them:
 
 1. The log-mel features are those of transformers' extractor.
-2. The logits of every row, behind the prompt and behind every forced token (`teacher`), differ by no more than
-   `TOLERANCE` times the largest logit. A network that amplifies rounding errors so much that PyTorch's own float32 is
-   far from its float64 is granted a multiple of that distance instead; a wrong graph does not change it.
+2. The logits of every row, behind the prompt and behind every forced token (`teacher`), from both forms of the
+   decoder, differ by no more than `TOLERANCE` times the largest logit. A network that amplifies rounding errors so much
+   that PyTorch's own float32 is far from its float64 is granted a multiple of that distance instead; a wrong graph does
+   not change it.
 3. Every adapter moves the logits by at least ten times the error that was measured.
 4. The runtime writes the same tokens, from the same rows, with shared and with own history (`replay`).
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from das_asr.export.reference import Reference, RowOpener, RowTrace, load_reference
 from das_asr.export.replay import REPLAYED_RULES, Comparison, Written, compare, written
-from das_asr.export.teacher import Forced, Graphs, forced_batches, graph_logits
+from das_asr.export.teacher import Encoder, Forced, GrowingDecoder, StaticDecoder, forced_batches, graph_logits
 from das_asr.runtime.errors import ParityError
 from das_asr.runtime.features import LogMel
 from das_asr.runtime.manifest import Manifest, ParityReport
@@ -138,15 +139,21 @@ def _features(reference: Reference, manifest: Manifest, samples: Samples) -> NDA
 
 def _graph_logits(
     directory: Path, manifest: Manifest, features: NDArray[np.float32], batches: Sequence[Sequence[Forced]]
-) -> list[NDArray[np.float32]]:
-    """The exported graphs' logits [B, R, 1 + steps, V] of each batch."""
-    graphs = Graphs(directory, manifest.dimensions)
-    cross = graphs.encode(features[: len(batches[-1])])
-    return [graph_logits(graphs, cross, batch, manifest.dimensions) for batch in batches]
+) -> dict[str, list[NDArray[np.float32]]]:
+    """The logits [B, R, 1 + steps, V] of each batch from each decoder file; a bundle may lack the static one."""
+    dims = manifest.dimensions
+    cross = Encoder(directory, dims)(features[: len(batches[-1])])
+    found = {}
+    for kind in (GrowingDecoder, StaticDecoder):
+        if kind.file in manifest.files:
+            decoder = kind(directory, dims)
+            found[kind.file] = [graph_logits(decoder, cross, batch, dims) for batch in batches]
+            del decoder  # one at a time in memory
+    return found
 
 
 def _compare_logits(
-    ours: Sequence[NDArray[np.float32]],
+    ours: Mapping[str, Sequence[NDArray[np.float32]]],
     batches: Sequence[Sequence[Forced]],
     manifest: Manifest,
     reference: Reference,
@@ -158,10 +165,12 @@ def _compare_logits(
     for row, name in enumerate(("base", *(entry.name for entry in manifest.adapters))):
         prefills = []
         with reference.row(row):
-            for batch, logits in zip(batches, ours, strict=True):
-                for forced, mine in zip(batch, logits[:, row], strict=True):
+            for index, batch in enumerate(batches):
+                for place, forced in enumerate(batch):
                     theirs = _oracle_logits(reference, encoded[forced.sample], forced, row)
-                    figures.add(mine, theirs, f"row {row} ({name}), batch of {len(batch)}, sample {forced.sample + 1}")
+                    where = f"row {row} ({name}), batch of {len(batch)}, sample {forced.sample + 1}"
+                    for file, logits in ours.items():
+                        figures.add(logits[index][place, row], theirs, f"{file}, {where}")
                     prefills.append(theirs[0])
         base = base or prefills
         if row:  # behind the prompt, which all rows share

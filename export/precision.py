@@ -1,4 +1,4 @@
-"""Precision variants: the graphs of a bundle once more, with smaller weights, in a folder of their own.
+"""Quantised variants: the graphs of a bundle once more, with 8- or 4-bit weights, in a folder of their own.
 
     write_variant(Path("bundle"), "int8", dims)   # bundle/int8/encoder.onnx, bundle/int8/decoder.onnx
 
@@ -21,8 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from das_asr.export.onnx import DECODER_FILE, ENCODER_FILE
-from das_asr.runtime.contract import ALONE
+from das_asr.runtime.contract import ALONE, DECODER_FILE, ENCODER_FILE
 from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import Dimensions
 

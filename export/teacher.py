@@ -7,7 +7,7 @@ as behind any others, and they lead the rows apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.export.onnx import DECODER_FILE, ENCODER_FILE
-from das_asr.runtime.contract import cache_names, cross_specs
+from das_asr.runtime.contract import DECODER_FILE, DECODER_STATIC_FILE, ENCODER_FILE, cache_names, cross_specs
 from das_asr.runtime.manifest import Dimensions
 
-__all__ = ["Forced", "Graphs", "forced_batches", "graph_logits"]
+__all__ = ["Encoder", "Forced", "GrowingDecoder", "StaticDecoder", "forced_batches", "graph_logits"]
 
 _STEPS = 5  # single-token runs after the prefill
 _SHORTEST_PROMPT = 3  # with a single key, attention weights are 1 and a LoRA on the queries would not show
 _LONGER_BY = 2  # tokens from one utterance of a batch to the next
 _SEED = 20240229
+Feeds = dict[str, NDArray[Any]]
+
 _ERRORS_ONLY = 3  # a level below warns about every adapter input, which the graph could otherwise fold as a constant
 
 
@@ -41,33 +42,79 @@ class Forced:
         return [*self.prompt, *self.steps[row].tolist()]
 
 
-class Graphs:
-    """The shipped files through plain ONNX Runtime, with the adapters that they carry as defaults."""
+class Encoder:
+    """The shipped encoder through plain ONNX Runtime, with the adapters that it carries as defaults."""
 
     def __init__(self, directory: Path, dims: Dimensions) -> None:
-        import onnxruntime
+        self._session = _session(directory / ENCODER_FILE)
+        self._names = [spec.name for spec in cross_specs(dims)]
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        # Threads that wait actively would take turns with torch's, and both would crawl.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        sessions: list[Any] = [
-            onnxruntime.InferenceSession(directory / name, options, providers=["CPUExecutionProvider"])
-            for name in (ENCODER_FILE, DECODER_FILE)
-        ]
-        self._dims = dims
-        self._encoder, self._decoder = sessions
-
-    def encode(self, features: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    def __call__(self, features: NDArray[np.float32]) -> Feeds:
         """Features [B, mels, frames] -> the cross tensors by name."""
-        names = [spec.name for spec in cross_specs(self._dims)]
-        return dict(zip(names, self._encoder.run(names, {"features": features}), strict=True))
+        return dict(zip(self._names, self._session.run(self._names, {"features": features}), strict=True))
 
-    def decode(self, feeds: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-        """One run: logits [B, R, V], and the caches by the names under which the next run takes them."""
+
+class GrowingDecoder:
+    """`decoder.onnx` with the adapters that it carries; `open` begins a batch."""
+
+    file = DECODER_FILE
+
+    def __init__(self, directory: Path, dims: Dimensions) -> None:
+        self._session, self._dims = _session(directory / self.file), dims
+
+    def open(self, batch: int, rows: int) -> Callable[[Feeds], NDArray[np.float32]]:
+        """A function that runs the decoder once, feeds without caches -> logits [B, R, V], and keeps the caches."""
         pasts, presents = zip(*cache_names(self._dims), strict=True)
-        logits, *caches = self._decoder.run(["logits", *presents], feeds)
-        return logits, dict(zip(pasts, caches, strict=True))
+        empty = np.zeros((batch, rows, self._dims.decoder_heads, 0, self._dims.head_size), np.float32)
+        caches = dict.fromkeys(pasts, empty)
+
+        def run(feeds: Feeds) -> NDArray[np.float32]:
+            logits, *values = self._session.run(["logits", *presents], feeds | caches)
+            caches.update(zip(pasts, values, strict=True))
+            return logits  # type: ignore[no-any-return]
+
+        return run
+
+
+class StaticDecoder:
+    """`decoder_static.onnx` in the same way, with its caches updated in place."""
+
+    file = DECODER_STATIC_FILE
+
+    def __init__(self, directory: Path, dims: Dimensions) -> None:
+        self._session, self._dims = _session(directory / self.file), dims
+
+    def open(self, batch: int, rows: int) -> Callable[[Feeds], NDArray[np.float32]]:
+        """As that of `GrowingDecoder`."""
+        from onnxruntime import OrtValue
+
+        binding = self._session.io_binding()
+        shape = (batch * rows, self._dims.decoder_heads, self._dims.text_positions, self._dims.head_size)
+        for past, present in cache_names(self._dims):
+            value = OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+
+        def run(feeds: Feeds) -> NDArray[np.float32]:
+            written = (feeds["position"] + feeds["first_valid"]).max(keepdims=True) + feeds["ids"].shape[2]
+            for name, array in (feeds | {"attended": written}).items():
+                binding.bind_cpu_input(name, array)
+            binding.bind_output("logits", "cpu")
+            self._session.run_with_iobinding(binding)
+            logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
+            return logits.copy()  # a view of memory that the next run may overwrite
+
+        return run
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    # Threads that wait actively would take turns with torch's, and both would crawl.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def forced_batches(samples: int, rows: int, dims: Dimensions) -> list[list[Forced]]:
@@ -88,44 +135,37 @@ def forced_batches(samples: int, rows: int, dims: Dimensions) -> list[list[Force
 
 
 def graph_logits(
-    graphs: Graphs, cross: dict[str, NDArray[Any]], batch: Sequence[Forced], dims: Dimensions
+    decoder: GrowingDecoder | StaticDecoder, cross: Feeds, batch: Sequence[Forced], dims: Dimensions
 ) -> NDArray[np.float32]:
-    """Logits [B, R, 1 + steps, V] of the exported graphs behind the prompt and behind each forced token.
+    """Logits [B, R, 1 + steps, V] of an exported decoder behind the prompt and behind each forced token.
 
     Args:
-        graphs: of the bundle.
+        decoder: of the bundle.
         cross: what the encoder gave for the first B samples, B being the size of `batch`, or for more.
         batch: utterances of these samples in their order, with equally many forced steps.
         dims: of the bundle.
     """
     first = {name: tensor[: len(batch)] for name, tensor in cross.items()}
-    return np.stack(list(_runs(graphs, first, batch, dims)), axis=2)
+    run = decoder.open(len(batch), len(batch[0].steps))
+    return np.stack([run(feeds) for feeds in _feeds(first, batch, dims)], axis=2)
 
 
-def _runs(
-    graphs: Graphs, cross: dict[str, NDArray[Any]], batch: Sequence[Forced], dims: Dimensions
-) -> Iterator[NDArray[np.float32]]:
-    """Logits [B, R, V] of the prefill and of every step."""
+def _feeds(cross: Feeds, batch: Sequence[Forced], dims: Dimensions) -> Iterator[Feeds]:
+    """What the prefill and every step take, but for the caches."""
     rows, steps = batch[0].steps.shape
     lengths = np.array([len(forced.prompt) for forced in batch])
     pads = lengths.max() - lengths
     controls = cross | _controls(len(batch), rows, dims, first_valid=pads, prompt_last=lengths - 1)
     prompts = [[0] * pad + list(forced.prompt) for pad, forced in zip(pads, batch, strict=True)]
-    ids = np.repeat(np.array(prompts)[:, None], rows, axis=1)
-    empty = np.zeros((len(batch), rows, dims.decoder_heads, 0, dims.head_size), np.float32)
-    logits, caches = graphs.decode(
-        controls | {"ids": ids, "position": -pads} | {past: empty for past, _ in cache_names(dims)}
-    )
-    yield logits
+    yield controls | {"ids": np.repeat(np.array(prompts)[:, None], rows, axis=1), "position": -pads}
     for step in range(steps):
         ids = np.stack([forced.steps[:, step : step + 1] for forced in batch])
-        logits, caches = graphs.decode(controls | {"ids": ids, "position": lengths + step} | caches)
-        yield logits
+        yield controls | {"ids": ids, "position": lengths + step}
 
 
 def _controls(
     batch: int, rows: int, dims: Dimensions, *, first_valid: NDArray[np.int64], prompt_last: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
+) -> Feeds:
     """Inputs that stay the same; nothing is suppressed or selected, for only logits are read."""
     return {
         "first_valid": first_valid,

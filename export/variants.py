@@ -1,10 +1,11 @@
-"""The gate of precision variants: what the runtime writes with smaller weights, beside what it writes with float32.
+"""The gate of precision variants: what the runtime writes with fewer bits, beside what it writes with float32.
 
     report = compare_variant(bundle, manifest, "int8", samples, speech)
     check_variant("int8", report)
 
-Quantised weights cannot agree with PyTorch to rounding errors, so a variant is judged by what it writes: the tokens of
-every row on the sample clips, and, where labelled speech is given, the word error rate.
+Fewer bits cannot agree with PyTorch to float32's rounding errors, so a variant is judged by what it writes: the tokens
+of every row on the sample clips, and, where labelled speech is given, the word error rate. A precision that a CPU
+cannot run is not compared here, and its report says so.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from das_asr.runtime.results import Transcription
 from das_asr.runtime.transcriber import Transcriber
 from das_asr.runtime.utterances import Utterance, read_utterances
 
-__all__ = ["LEAST_WORDS", "MOST_DIFFERENT", "MOST_WORSE", "check_variant", "compare_variant", "read_speech"]
+__all__ = [
+    "LEAST_WORDS",
+    "MOST_DIFFERENT",
+    "MOST_WORSE",
+    "NEEDS_A_GPU",
+    "check_variant",
+    "compare_variant",
+    "read_speech",
+]
 
 MOST_DIFFERENT = 0.03
 """Share of float32's tokens that a variant may write otherwise."""
@@ -33,6 +42,9 @@ MOST_WORSE = 0.005
 
 LEAST_WORDS = 2000
 """Fewer words say too little about half a point."""
+
+NEEDS_A_GPU = {"bf16": "ONNX Runtime has no bfloat16 arithmetic on a CPU"}
+"""Precisions that cannot be compared on a CPU, and why."""
 
 _BATCH = 8  # utterances decoded together
 _MAX_TOKENS = 64
@@ -65,7 +77,12 @@ def compare_variant(
         precision: the variant.
         samples: audio, float32 [n] each at the model's rate.
         speech: labelled utterances, or none.
+
+    Returns:
+        The figures; for a precision of `NEEDS_A_GPU` why there are none.
     """
+    if precision in NEEDS_A_GPU:
+        return VariantReport(0, 0, 0, None, None, NEEDS_A_GPU[precision])
     (exact, exact_wrong), (other, other_wrong) = (
         _decode(bundle, manifest, name, samples, speech) for name in ("fp32", precision)
     )

@@ -11,8 +11,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from das_asr.runtime.contract import lora_specs
@@ -29,6 +31,7 @@ __all__ = [
     "largest_rank",
     "load_adapter",
     "modules_of",
+    "rounded_tensors",
     "save_adapter",
     "select_rows",
     "stack_adapters",
@@ -231,3 +234,21 @@ def select_rows(stack: Stack, names: Iterable[str]) -> Stack:
         raise OptionError(f"There is no adapter {unknown[0]!r}; the bundle has: {', '.join(stack.names) or 'none'}.")
     rows = [0, *(stack.names.index(name) + 1 for name in names)]
     return Stack(names, stack.rank, {key: np.ascontiguousarray(tensor[rows]) for key, tensor in stack.tensors.items()})
+
+
+def rounded_tensors(stack: Stack, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
+    """The tensors of a stack as graphs of that precision take them; float32 ones are not copied.
+
+    Raises:
+        AdapterError: an adapter has values beyond the range of `dtype`.
+    """
+    with np.errstate(over="ignore"):
+        tensors = {key: tensor.astype(dtype, copy=False) for key, tensor in stack.tensors.items()}
+    for row, name in enumerate(stack.names, start=1):
+        for key, tensor in tensors.items():
+            if not np.isfinite(tensor[row]).all():
+                raise AdapterError(
+                    f"Adapter {name!r}: {key} has values up to {np.abs(stack.tensors[key][row]).max():.3g}, beyond the "
+                    f"range of {dtype.name}. Load the bundle in another precision, such as precision='fp32'."
+                )
+    return tensors

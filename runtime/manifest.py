@@ -137,6 +137,7 @@ class VariantReport:
     words: int  # of the labelled speech; 0 without any
     wer: float | None  # as a fraction
     wer_fp32: float | None
+    not_compared: str | None = None  # why there was no comparison; the figures then say nothing
 
     @property
     def disagreement(self) -> float:
@@ -251,7 +252,11 @@ def _build(cls: type[T], data: object, where: str) -> T:
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(data.keys() - fields.keys()):
         raise ValueError(f"{where} has unknown field(s) {', '.join(unknown)}")
-    optional = {name for name, item in fields.items() if item.default_factory is not dataclasses.MISSING}
+    optional = {
+        name
+        for name, item in fields.items()
+        if item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+    }
     if missing := sorted(fields.keys() - data.keys() - optional):
         raise ValueError(f"{where} lacks field(s) {', '.join(missing)}")
     return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()})

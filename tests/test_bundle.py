@@ -45,6 +45,7 @@ FILES = {
     "adapters/weather.v2.safetensors",
     "decoder.onnx",
     "decoder.onnx.data",
+    "decoder_static.onnx",
     "encoder.onnx",
     "encoder.onnx.data",
     "generation_config.json",

@@ -70,7 +70,7 @@ def test_export_for_real(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert "comparing logits of 2 rows" in done.stderr
     again = run("verify", output)
     assert again.exit_code == 0, again.output
-    assert "8 files are as the manifest says" in again.stdout
+    assert "9 files are as the manifest says" in again.stdout
 
 
 def test_options_reach_the_exporter(exports: list[ExportOptions], tmp_path: Path) -> None:

@@ -19,10 +19,13 @@ from onnx import TensorProto
 from das_asr.export.builder import GraphBuilder, WeightFile
 from das_asr.export.checkpoint import load_checkpoint
 from das_asr.export.decoder import DECODER_OPSET
-from das_asr.export.onnx import DECODER_FILE, ENCODER_FILE, check_adapters_used, write_graphs
+from das_asr.export.onnx import check_adapters_used, write_graphs
 from das_asr.export.selection import Candidates, select
 from das_asr.runtime.adapters import Adapter, Stack, stack_adapters
 from das_asr.runtime.contract import (
+    DECODER_FILE,
+    DECODER_STATIC_FILE,
+    ENCODER_FILE,
     RULE_CODES,
     TensorSpec,
     cache_names,
@@ -31,6 +34,8 @@ from das_asr.runtime.contract import (
     decoder_outputs,
     encoder_inputs,
     encoder_outputs,
+    static_decoder_inputs,
+    static_decoder_outputs,
 )
 from das_asr.runtime.errors import ParityError
 from das_asr.runtime.manifest import Dimensions
@@ -38,7 +43,7 @@ from das_asr.runtime.peft_checkpoint import read_adapter
 from tests.checkpoints import make_adapter, make_base
 
 TYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.BOOL: "bool"}
-FILES = (ENCODER_FILE, DECODER_FILE)
+FILES = (ENCODER_FILE, DECODER_FILE, DECODER_STATIC_FILE)
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,15 @@ def test_decoder_is_the_contract(exported: Exported) -> None:
     assert [spec_of(value) for value in graph.output] == decoder_outputs(exported.dims)
 
 
+def test_static_decoder_is_the_contract(exported: Exported) -> None:
+    graph = exported.load(DECODER_STATIC_FILE).graph
+    assert [spec_of(value) for value in graph.input] == static_decoder_inputs(exported.dims)
+    assert [spec_of(value) for value in graph.output] == static_decoder_outputs(exported.dims)
+
+
 def test_the_encoder_gives_what_the_decoder_takes(exported: Exported) -> None:
-    given_, taken = encoder_outputs(exported.dims), decoder_inputs(exported.dims)
-    assert all(spec in taken for spec in given_)
+    for taken in (decoder_inputs(exported.dims), static_decoder_inputs(exported.dims)):
+        assert all(spec in taken for spec in encoder_outputs(exported.dims))
 
 
 # --- The files ---
@@ -141,8 +152,17 @@ def test_weights_keep_their_names_and_lie_outside(exported: Exported, name: str)
         assert outside != tensor.name.startswith("const/"), tensor.name
         if outside:
             about = {entry.key: entry.value for entry in tensor.external_data}
-            assert about["location"] == f"{name}.data"
+            assert about["location"] == f"{DECODER_FILE if name == DECODER_STATIC_FILE else name}.data"
             assert int(about["offset"]) % 4096 == 0
+
+
+def test_both_decoders_read_the_same_weights(exported: Exported) -> None:
+    growing, static = (
+        {item.name: item for item in exported.load(name).graph.initializer if item.external_data}
+        for name in (DECODER_FILE, DECODER_STATIC_FILE)
+    )
+    assert growing == static
+    assert not (exported.directory / f"{DECODER_STATIC_FILE}.data").exists()
 
 
 def test_the_graph_file_itself_stays_small(exported: Exported) -> None:

@@ -43,6 +43,7 @@ AT_MODULE_LEVEL = {
     "runtime/backends/onnxruntime.py": {"onnxruntime"},
     "export/builder.py": {"onnx"},
     "export/decoder.py": {"onnx"},
+    "export/half.py": {"onnx"},
     "export/precision.py": {"onnx"},
     "training/base/augment.py": {"torch"},
     "training/base/batches.py": {"torch"},

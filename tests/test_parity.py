@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from das_asr.export import AdapterSource, ExportOptions, export_bundle
 from das_asr.export.clips import load_clips
-from das_asr.export.onnx import DECODER_FILE, ENCODER_FILE
 from das_asr.export.parity import TOLERANCE, check_parity
 from das_asr.export.reference import RowTrace, delta_row, peft_row
 from das_asr.export.replay import REPLAYED_RULES, Written, compare, paper_choice
 from das_asr.runtime.adapters import load_adapter
+from das_asr.runtime.contract import DECODER_FILE, DECODER_STATIC_FILE, ENCODER_FILE
 from das_asr.runtime.errors import ParityError
 from das_asr.runtime.manifest import Manifest, ParityReport, read_manifest, write_manifest
 from tests.checkpoints import make_adapter, make_base
@@ -236,6 +236,24 @@ def exchanged_cache(bundle: Path) -> None:
     edit_graph(bundle / DECODER_FILE, change)
 
 
+def exchanged_static_cache(bundle: Path) -> None:
+    """The same in the other form of the decoder."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        node(graph, "layers.0/self_attn/all_k").input[0] = "past_v0"
+        node(graph, "layers.0/self_attn/all_v").input[0] = "past_k0"
+
+    edit_graph(bundle / DECODER_STATIC_FILE, change)
+
+
+def ignored_static_padding(bundle: Path) -> None:
+    def change(graph: onnx.GraphProto) -> None:
+        slots = node(graph, "not_padding")
+        slots.input[1] = slots.input[0]
+
+    edit_graph(bundle / DECODER_STATIC_FILE, change)
+
+
 def ignored_padding(bundle: Path) -> None:
     """Right for one utterance; in a batch, shorter prompts see their padding."""
 
@@ -297,7 +315,9 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (dropped("lora_cv_a0", 2), r"row 2 \(a1\)"),
     (wrong_scale, r"row 2 \(a1\)"),
     (exchanged_cache, r"step \d"),
-    (ignored_padding, "batch of 2"),
+    (exchanged_static_cache, r"decoder_static\.onnx.*step \d"),
+    (ignored_padding, "decoder.onnx.*batch of 2"),
+    (ignored_static_padding, r"decoder_static\.onnx.*batch of 2"),
     (ignored_order, LOGITS),
     (wrong_selection, f"{TOKENS}.*paper"),
     (forgotten_threshold, f"{TOKENS}.*paper"),
@@ -320,6 +340,14 @@ def test_a_broken_bundle_fails(gated: Gated, tmp_path: Path, fault: Callable[[Pa
     fault(bundle)
     with pytest.raises(ParityError, match=message):
         gated.check(bundle)
+
+
+def test_a_bundle_from_before_the_static_decoder_passes(gated: Gated, tmp_path: Path) -> None:
+    bundle = shutil.copytree(gated.bundle, tmp_path / "bundle")
+    (bundle / DECODER_STATIC_FILE).unlink()
+    files = {name: digest for name, digest in read_manifest(bundle).files.items() if name != DECODER_STATIC_FILE}
+    edit_manifest(files=files)(bundle)
+    assert gated.check(bundle).tokens_compared == gated.check().tokens_compared
 
 
 def test_a_network_that_amplifies_rounding_is_judged_by_pytorchs_own_error(

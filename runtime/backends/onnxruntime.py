@@ -13,13 +13,22 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ignore[reportAttributeAccessIssue]
 
-from das_asr.runtime.adapters import Stack
+from das_asr.runtime.adapters import Stack, rounded_tensors
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
 from das_asr.runtime.backends.huge_pages import HugePages
 from das_asr.runtime.backends.slots import SlotBuffers
 from das_asr.runtime.cache import GrowingCache
-from das_asr.runtime.contract import ALONE, cache_names, cross_specs, decoder_inputs, encoder_inputs, encoder_outputs
+from das_asr.runtime.contract import (
+    ALONE,
+    DECODER_FILE,
+    ENCODER_FILE,
+    cache_names,
+    cross_specs,
+    decoder_inputs,
+    encoder_inputs,
+    encoder_outputs,
+)
 from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Dimensions, Manifest
 
@@ -33,9 +42,12 @@ _LOAD_ERRORS = (
     engine.InvalidGraph,
     engine.InvalidProtobuf,
     engine.NoSuchFile,
-    engine.NotImplemented,
     engine.RuntimeException,
 )
+_ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
 _STEP_OUTPUTS = ("row", "candidate", "logprob")
 
 
@@ -101,8 +113,9 @@ class OnnxRuntimeBackend:
         self._device, _, index = options.device.partition(":")
         self._device_id = int(index or 0)
         pages = HugePages() if options.huge_pages else None
-        self._encoder = self._session(directory / "encoder.onnx", options)
-        self._decoder = self._session(directory / "decoder.onnx", options)
+        self._encoder = self._session(directory / ENCODER_FILE, options)
+        self._decoder = self._session(directory / DECODER_FILE, options)
+        self._dtype = _cache_type(self._decoder)
         # A number in bundles whose encoder takes nothing else, a symbol in those that take less.
         self._window = next(given.shape[2] for given in self._encoder.get_inputs() if given.name == "features")
         self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
@@ -118,8 +131,8 @@ class OnnxRuntimeBackend:
         """Puts adapters on the device; None is the stack that the graphs carry, which needs no memory of its own."""
         if stack is None:
             return LoadedStack(self._rows, {})
-        device = (self._device, self._device_id)
-        return LoadedStack(stack.rows, {name: _to_device(tensor, *device) for name, tensor in stack.tensors.items()})
+        device, tensors = (self._device, self._device_id), rounded_tensors(stack, self._dtype)
+        return LoadedStack(stack.rows, {name: _to_device(tensor, *device) for name, tensor in tensors.items()})
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
@@ -158,7 +171,7 @@ class OnnxRuntimeBackend:
         for name, array in control.feeds().items():
             binding.place(name, array)
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
-        empty = _to_device(np.zeros(shape, np.float32), self._device, self._device_id)
+        empty = _to_device(np.zeros(shape, self._dtype), self._device, self._device_id)
         return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty), self._dims)
 
     def open_slots(self, stack: LoadedStack, capacity: int) -> OnnxRuntimeSlots:
@@ -191,6 +204,11 @@ class OnnxRuntimeBackend:
             providers = [(provider, {"device_id": self._device_id}), "CPUExecutionProvider"]
         try:
             session = onnxruntime.InferenceSession(path, settings, providers=providers)
+        except engine.NotImplemented as error:
+            raise BackendError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot compute {path} on device {options.device!r}: {error}. "
+                "Load another precision, such as precision='fp32'; bf16 needs a GPU."
+            ) from error
         except _LOAD_ERRORS as error:
             raise BackendError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {path} on device {options.device!r}: {error}. "
@@ -287,6 +305,17 @@ class OnnxRuntimeSlots:
         for name, array in arrays.items():
             self._binding.place(name, array)
         self._changed = False
+
+
+def _cache_type(decoder: Any) -> np.dtype[Any]:
+    """What a graph holds its caches in, and with them adapters and cross tensors."""
+    (found,) = (item.type for item in decoder.get_inputs() if item.name == "past_k0")
+    if found not in _ELEMENT_TYPES:
+        raise BackendError(
+            f"The graphs hold their caches as {found}; this backend takes {', '.join(_ELEMENT_TYPES)}. "
+            "Load another precision, such as precision='fp32'."
+        )
+    return _ELEMENT_TYPES[found]
 
 
 def _to_device(array: NDArray[Any], device: str, device_id: int) -> Any:
