@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from das_asr.benchmarks.output import check_folders, write_whole
-from das_asr.benchmarks.settings_cli import context_command, prune_command
+from das_asr.benchmarks.settings_cli import context_command, prune_command, replay_command
 from das_asr.benchmarks.wer_cli import forgetting_command, numbers, tables_command, tune_command, wer_command
 from das_asr.runtime.console import Group
 
@@ -42,6 +42,7 @@ main.add_command(tables_command)
 main.add_command(forgetting_command)
 main.add_command(context_command)
 main.add_command(prune_command)
+main.add_command(replay_command)
 
 
 @main.command()

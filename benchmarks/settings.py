@@ -103,6 +103,7 @@ def compare_settings(
         options.bundle, options.decoding.device, options.decoding.threads, precision=options.precision
     )
     with loaded as transcriber:
+        rows = len(transcriber.adapters) + 1
         sets = fit_window(sets, transcriber.manifest.audio.window_seconds, skip=options.skip_unfit)
         references = {each.name: [normalize(one.text) for one in each.utterances] for each in sets}
         outcomes: dict[str, dict[str, tuple[Outcome, ...]]] = {each.name: {} for each in settings}
@@ -123,6 +124,7 @@ def compare_settings(
             **describe_run(),
             "machine": describe_machine(),
             "arguments": plain_options(options),
+            "rows": rows,
             "cost": costs,
             "changed_tokens": changed,
         },

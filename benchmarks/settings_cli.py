@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from das_asr.benchmarks.output import check_folders, write_whole
-from das_asr.benchmarks.wer_cli import FILE, common_options, numbers, say, shared_choices, whole_numbers
+from das_asr.benchmarks.wer_cli import (
+    EXISTING,
+    FILE,
+    FOLDER,
+    common_options,
+    numbers,
+    say,
+    shared_choices,
+    whole_numbers,
+)
 from das_asr.runtime.console import Command
 from das_asr.runtime.options import SCORES
 from das_asr.runtime.selection import RULES
@@ -16,7 +26,7 @@ from das_asr.runtime.selection import RULES
 if TYPE_CHECKING:
     from das_asr.benchmarks.settings import Setting
 
-__all__ = ["context_command", "prune_command"]
+__all__ = ["context_command", "prune_command", "replay_command"]
 
 PRECISION = click.option("--precision", help="Of the bundle; by default its first.")
 RULE = click.option("--rule", type=click.Choice(RULES), help="How to choose among the rows; by default the bundle's.")
@@ -58,6 +68,22 @@ def prune_command(
         () if margins == "none" else numbers("margins", margins),
     )
     _compare(settings, {"rule": rule, "score": score, "switch_cost": switch_cost}, **options)
+
+
+@click.command("replay", cls=Command)
+@click.argument("result", type=EXISTING)
+@click.option("--bundle", "-b", required=True, type=FOLDER, help="Of the shapes to measure; its weights do not matter.")
+@click.option("--utterances", default=20, show_default=True, help="How many to replay.")
+@click.option("--threads", default=1, show_default=True, help="With 1 the process is pinned to one core.")
+@click.option("--output", "-o", required=True, type=FILE, help="JSON file to write.")
+def replay_command(result: Path, bundle: Path, utterances: int, threads: int, output: Path) -> None:
+    """What pruning saves on another model: the rows that were live in a RESULT of `das-bench prune`, step by step."""
+    from das_asr.benchmarks.replay import read_traces, render_replay, replay
+
+    check_folders(output=output)
+    measured = replay(read_traces(result), bundle, threads=threads, utterances=utterances, log=say)
+    write_whole(output, json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    click.echo(render_replay(measured), nl=False)
 
 
 def _compare(

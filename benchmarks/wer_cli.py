@@ -14,7 +14,9 @@ from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import OptionError
 
 __all__ = [
+    "EXISTING",
     "FILE",
+    "FOLDER",
     "common_options",
     "forgetting_command",
     "numbers",

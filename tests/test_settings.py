@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from das_asr.benchmarks.cli import main
+from das_asr.benchmarks.replay import Trace
 from das_asr.benchmarks.settings import context_settings, pruning_settings
 from das_asr.benchmarks.wer_result import read_report
 from das_asr.runtime import DecodingOptions
@@ -62,6 +63,22 @@ def test_prune_reports_rows_tokens_and_words(demo_bundle: Path, few: Path, tmp_p
     assert [system.name for system in report.systems] == list(costs)
     assert text.count("auto:1 after 3") >= 4
     assert "rows in a step" in text
+    _replays(demo_bundle, output, tmp_path / "replay.json")
+
+
+def _replays(bundle: Path, result: Path, output: Path) -> None:
+    arguments = ["replay", str(result), "--bundle", str(bundle), "--utterances", "3", "--output", str(output)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    runs = {run["setting"]: run for run in json.loads(output.read_text(encoding="utf-8"))["runs"]}
+    assert list(runs) == ["all rows", "auto:1 after 3", "margin 0.01 after 3"]
+    assert all(len(run["seconds"]) == 3 and run["step_ms"] > 0 for run in runs.values())
+    assert runs["auto:1 after 3"]["row_steps"] < runs["all rows"]["row_steps"]
+    assert "| auto:1 after 3 |" in done.stdout
+
+
+def test_a_trace_is_scaled_to_the_rows_of_another_bundle() -> None:
+    assert Trace("auto:1", 4, ((4, 4, 2), (3, 2))).scaled(26, 2) == [[26, 26], [20, 13]]
 
 
 def test_context_reports_what_a_shorter_window_costs(demo_bundle: Path, few: Path, tmp_path: Path) -> None:
@@ -99,3 +116,10 @@ def test_wrong_options_are_refused(
     assert done.exit_code
     assert message in done.output
     assert not (tmp_path / "r.json").exists()
+
+
+def test_only_results_with_rows_can_be_replayed(demo_bundle: Path, few: Path, tmp_path: Path) -> None:
+    arguments = ["replay", str(few / "metadata.jsonl"), "--bundle", str(demo_bundle), "--output", str(tmp_path / "r")]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code
+    assert "has no rows of steps" in done.output
