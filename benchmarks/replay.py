@@ -1,8 +1,8 @@
 """Step times of a pruned run on another bundle: the rows of every step as `das-bench prune` recorded them.
 
 Which rows a run keeps is a matter of trained adapters, what a step costs is one of shapes. So the rows of a run with a
-small model and many adapters are replayed, in proportion, on a large model whose weights do not matter. A replayed batch
-has as many steps as the recorded one; before a step with fewer rows than the one before, it is cut.
+small model and many adapters are replayed, in proportion, on a large model whose weights do not matter. A replayed
+batch has as many steps as the recorded one; before a step with fewer rows than the one before, it is cut.
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ LIGHT_COMMANDS = [
     "das-bench",
     "das-bench rtf",
     "das-bench wer",
+    "das-bench prune",
 ]
 HELP_SECONDS = 2.0  # of processor time: other work on the machine must not decide this
 
