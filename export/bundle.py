@@ -82,7 +82,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
         DataError: the labelled speech cannot be used.
         ParityError: the exported graphs do not compute what PyTorch computes, an adapter changes nothing, or a
             precision differs too much from float32.
-        ExportError: the output exists, cannot be written, or the disk is full; or the base cannot have a precision.
+        ExportError: the output exists, cannot be written, or the disk is full; the base cannot have a precision; or
+            this ONNX Runtime cannot run the graphs.
     """
     check_target(options.output, force=options.force)
     sources = _read(options)

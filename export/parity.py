@@ -93,6 +93,7 @@ def check_parity(
 
     Raises:
         ParityError: they disagree, or an adapter changes nothing.
+        ExportError: this ONNX Runtime cannot run the graphs.
     """
     first = manifest.tokens.first_timestamp
     never = () if first is None else range(first, manifest.dimensions.vocabulary)

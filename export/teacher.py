@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from das_asr.runtime.contract import DECODER_FILE, DECODER_STATIC_FILE, ENCODER_FILE, cache_names, cross_specs
+from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import Dimensions
 
 __all__ = ["Encoder", "Forced", "GrowingDecoder", "StaticDecoder", "forced_batches", "graph_logits"]
@@ -26,6 +27,7 @@ _LONGER_BY = 2  # tokens from one utterance of a batch to the next
 _SEED = 20240229
 Feeds = dict[str, NDArray[Any]]
 
+_LEAST_ENGINE = "1.25"  # the first that has TensorScatter on a CPU
 _ERRORS_ONLY = 3  # a level below warns about every adapter input, which the graph could otherwise fold as a constant
 
 
@@ -109,12 +111,19 @@ class StaticDecoder:
 
 def _session(path: Path) -> Any:
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ignore[reportAttributeAccessIssue]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     # Threads that wait actively would take turns with torch's, and both would crawl.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except engine.NotImplemented as error:
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run {path}, which must be compared with PyTorch: {error}. "
+            f"Exporting and verifying need onnxruntime {_LEAST_ENGINE} or newer; older ones still run the bundle."
+        ) from error
 
 
 def forced_batches(samples: int, rows: int, dims: Dimensions) -> list[list[Forced]]:

@@ -50,6 +50,7 @@ def verify_bundle(path: str | Path, base: str | Path | None = None) -> Verificat
         BundleError: a file is missing or changed, or `base` is not the bundle's base.
         CheckpointError: `base` cannot be read.
         ParityError: the graphs do not compute what PyTorch computes.
+        ExportError: this ONNX Runtime cannot run the graphs.
     """
     directory = Path(path)
     manifest = read_manifest(directory)

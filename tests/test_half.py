@@ -22,6 +22,7 @@ from das_asr.export.checkpoint import load_checkpoint
 from das_asr.export.cli import main
 from das_asr.export.half import HALF_PRECISIONS, write_half
 from das_asr.export.onnx import write_graphs
+from das_asr.export.teacher import GrowingDecoder
 from das_asr.runtime import Transcriber
 from das_asr.runtime.adapters import rounded_tensors, stack_adapters
 from das_asr.runtime.audio import load_audio
@@ -338,6 +339,49 @@ def test_the_demo_in_true_fp16(bundle: Path, demo_audio: list[tuple[Path, str, s
     np.testing.assert_array_equal(runtime[2], exact[2])
 
 
+def rounded_behind_every_node(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The bf16 graph in float32 with everything that a node computes rounded to bf16, which a CPU can run."""
+    graph, kind, types = model.graph, TensorProto.BFLOAT16, types_of(model)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == kind:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for item in graph.initializer:
+        if item.data_type == kind:
+            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), item.name))
+    nodes = []
+    for node in graph.node:
+        halves = [name for name in node.output if types[name] == "bfloat16"]
+        if node.op_type == "Cast" and halves:
+            node.attribute[0].i = TensorProto.FLOAT
+        node.output[:] = [f"{name}/exact" if name in halves else name for name in node.output]
+        nodes.append(node)
+        for name in halves:
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}/exact"], [f"{name}/rounded"], to=kind))
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}/rounded"], [name], to=TensorProto.FLOAT))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def test_the_demo_with_the_rounding_of_bf16(
+    bundle: Path, demo_audio: list[tuple[Path, str, str]], tmp_path: Path
+) -> None:
+    manifest = read_manifest(bundle)
+    dims, names = manifest.dimensions, [spec.name for spec in encoder_outputs(manifest.dimensions)]
+    for file in (ENCODER_FILE, DECODER_FILE):
+        onnx.save(rounded_behind_every_node(onnx.load(bundle / "bf16" / file)), tmp_path / file)
+    audio = load_audio(demo_audio[0][0], target_rate=manifest.audio.sample_rate)
+    features = LogMel(manifest.audio, dims.mels).batch([audio])
+
+    def prefill(folder: Path) -> list[NDArray[Any]]:
+        cross = dict(zip(names, run(folder / ENCODER_FILE, names, {"features": features}), strict=True))
+        return run(folder / DECODER_FILE, ["logits", "candidate"], prompt(dims, cross, np.float32))
+
+    exact, rounded = prefill(bundle), prefill(tmp_path)
+    assert 1e-4 < error(rounded[0], exact[0]) < 0.03  # it does round, to 8 bits
+    np.testing.assert_array_equal(rounded[1], exact[1])
+
+
 # --- Variants of a bundle ---
 
 
@@ -392,6 +436,12 @@ def test_bf16_is_refused_on_a_cpu(bundle: Path) -> None:
     """Should this load one day, bf16 can be compared here, see `variants.NEEDS_A_GPU`."""
     with pytest.raises(BackendError, match="bf16 needs a GPU"):
         Transcriber.load(bundle, precision="bf16")
+
+
+def test_the_gate_says_which_engine_it_needs(bundle: Path) -> None:
+    """bfloat16 stands for whatever an engine lacks."""
+    with pytest.raises(ExportError, match=r"cannot run .*bf16/decoder\.onnx.*need onnxruntime 1\.25"):
+        GrowingDecoder(bundle / "bf16", read_manifest(bundle).dimensions)
 
 
 def test_adapters_beyond_the_range_are_refused(demo_adapters: dict[str, Path], bundle: Path) -> None:

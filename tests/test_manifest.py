@@ -105,6 +105,9 @@ def test_a_whole_number_is_taken_for_a_float(tmp_path: Path) -> None:
 def test_a_field_with_a_default_may_be_missing(tmp_path: Path) -> None:
     manifest = read_manifest(edited(tmp_path, lambda data: data["adapters"][0].pop("lineage")))
     assert manifest.adapters[0].lineage == {}
+    report = {"tokens_compared": 9, "tokens_differing": 0, "words": 0, "wer": None, "wer_fp32": None}
+    manifest = read_manifest(edited(tmp_path, lambda data: data.update(variants={"int8": report})))
+    assert manifest.variants["int8"].not_compared is None
 
 
 # --- Refusals ---
