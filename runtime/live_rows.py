@@ -11,9 +11,9 @@ from das_asr.runtime.backends.base import Step
 
 __all__ = ["Cut", "LiveRows"]
 
-_WORTH_A_CUT = 0.75
-"""Share of the rows that may stay at most: a cut copies their caches and adapters, which takes about as long as a run
-saves by a quarter of the rows."""
+_WORTH_A_CUT = 0.5
+"""Share of the rows that may stay at most: a cut copies the caches and adapters of those, about as much memory as a run
+reads for as many rows, so it pays with the first run."""
 
 _ENOUGH_LINES = 2
 """Of the decoder's products: one of a single line is computed in another order on a CPU, and would be rounded
