@@ -12,6 +12,7 @@ import click
 from das_asr.benchmarks.arguments import whole_numbers
 from das_asr.benchmarks.output import check_folders, write_whole
 from das_asr.benchmarks.peers_cli import peers_command
+from das_asr.benchmarks.settings_cli import context_command, prune_command, replay_command
 from das_asr.benchmarks.wer_cli import forgetting_command, numbers, tables_command, tune_command, wer_command
 from das_asr.runtime.console import Group
 
@@ -32,6 +33,9 @@ main.add_command(peers_command)
 main.add_command(tune_command)
 main.add_command(tables_command)
 main.add_command(forgetting_command)
+main.add_command(context_command)
+main.add_command(prune_command)
+main.add_command(replay_command)
 
 
 @main.command()

@@ -49,6 +49,11 @@ class TimedBackend:
         self.decoder = 0.0  # seconds in all decoder runs
         self.starts: list[float] = []  # perf_counter at the start of each decoder run
 
+    @property
+    def prunes(self) -> bool:
+        """See `Backend`."""
+        return self._inner.prunes
+
     def load_stack(self, stack: Stack | None) -> LoadedStack:
         """See `Backend`."""
         return self._inner.load_stack(stack)
@@ -87,6 +92,11 @@ class _TimedBatch:
         step = self._inner.run(position, prompt_last, ids, logits=logits)
         self._clock.decoder += perf_counter() - started
         return step
+
+    def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
+        started = perf_counter()
+        self._inner.keep_rows(places, row_mask, stack)
+        self._clock.decoder += perf_counter() - started
 
 
 class OursSystem:

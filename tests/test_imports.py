@@ -82,6 +82,7 @@ LIGHT_COMMANDS = [
     "das-bench rtf",
     "das-bench peers",
     "das-bench wer",
+    "das-bench prune",
 ]
 HELP_SECONDS = 2.0  # of processor time: other work on the machine must not decide this
 
