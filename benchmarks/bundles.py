@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,12 @@ CLIP_SECONDS = 2
 
 
 def bundle_for(
-    checkpoint: Path, adapters: Sequence[Path], rank: int, log: Callable[[str], None], cache: Path | None = None
+    checkpoint: Path,
+    adapters: Sequence[Path],
+    rank: int,
+    log: Callable[[str], None],
+    cache: Path | None = None,
+    precisions: Sequence[str] = ("fp32",),
 ) -> Path:
     """The bundle of a base and its adapters, exported on first use.
 
@@ -32,9 +38,12 @@ def bundle_for(
         rank: Of the adapters; with their number it names the bundle.
         log: Told before an export begins.
         cache: Folder to keep bundles in instead of the user's.
+        precisions: Of the graphs; fp32 is made in any case. What the smaller ones write is not judged: on random
+            weights it says nothing.
     """
     folder = (cache or cache_root()) / "bundles"
-    prefix = f"{checkpoint.name}-k{len(adapters)}-r{rank}-"
+    smaller = [name for name in precisions if name != "fp32"]
+    prefix = f"{checkpoint.name}-k{len(adapters)}-r{rank}{''.join(f'+{name}' for name in smaller)}-"
     bundle = folder / (prefix + _digest(checkpoint, adapters))
     if (bundle / MANIFEST_NAME).is_file():
         return bundle
@@ -44,22 +53,32 @@ def bundle_for(
         shutil.rmtree(outdated, ignore_errors=True)
     log(f"exporting {len(adapters)} adapters of rank {rank}, kept in {folder}")
     try:
-        _export(checkpoint, adapters, bundle)
+        _export(checkpoint, adapters, ("fp32", *smaller), bundle)
     except ExportError:
         if not (bundle / MANIFEST_NAME).is_file():  # else another process was faster
             raise
     return bundle
 
 
-def _export(checkpoint: Path, adapters: Sequence[Path], output: Path) -> None:
+def _export(checkpoint: Path, adapters: Sequence[Path], precisions: tuple[str, ...], output: Path) -> None:
     from das_asr.export.bundle import export_bundle
     from das_asr.export.options import AdapterSource, ExportOptions
 
     sources = tuple(AdapterSource(path.name, path) for path in adapters)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Kept because of --force")
         # One short clip: all tokens are compared again when the systems run.
         samples = (_clip(Path(scratch) / "clip.wav"),)
-        export_bundle(ExportOptions(base=str(checkpoint), output=output, adapters=sources, sample_audio=samples))
+        export_bundle(
+            ExportOptions(
+                base=str(checkpoint),
+                output=output,
+                adapters=sources,
+                precisions=precisions,
+                sample_audio=samples,
+                force=len(precisions) > 1,
+            )
+        )
 
 
 def _clip(path: Path) -> Path:

@@ -9,7 +9,10 @@ from typing import Any
 
 import click
 
+from das_asr.benchmarks.arguments import whole_numbers
 from das_asr.benchmarks.output import check_folders, write_whole
+from das_asr.benchmarks.peers_cli import peers_command
+from das_asr.benchmarks.settings_cli import context_command, prune_command, replay_command
 from das_asr.benchmarks.wer_cli import forgetting_command, numbers, tables_command, tune_command, wer_command
 from das_asr.runtime.console import Group
 
@@ -19,16 +22,6 @@ FILE = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
-def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """`0,1,2` -> (0, 1, 2); `none` -> ()."""
-    if value.strip() == "none":
-        return ()
-    try:
-        return tuple(sorted({int(item) for item in value.split(",")}))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,1,3.", param=parameter) from None
-
-
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="das-asr")
 def main() -> None:
@@ -36,20 +29,27 @@ def main() -> None:
 
 
 main.add_command(wer_command)
+main.add_command(peers_command)
 main.add_command(tune_command)
 main.add_command(tables_command)
 main.add_command(forgetting_command)
+main.add_command(context_command)
+main.add_command(prune_command)
+main.add_command(replay_command)
 
 
 @main.command()
 @click.option("--model", "-m", default="whisper-base-random", show_default=True, help="Checkpoint, or this random one.")
-@click.option("--domains", default="0,1,2,3,10,25", show_default=True, callback=_numbers, help="K, or none.")
-@click.option("--rank", "ranks", default="32", show_default=True, callback=_numbers, help="LoRA ranks of the adapters.")
+@click.option("--domains", default="0,1,2,3,10,25", show_default=True, callback=whole_numbers, help="K, or none.")
+@click.option(
+    "--rank", "ranks", default="32", show_default=True, callback=whole_numbers, help="LoRA ranks of the adapters."
+)
 @click.option("--tokens", default=30, show_default=True, help="New tokens, forced on every system.")
 @click.option("--threads", default=1, show_default=True, help="With 1 the process is pinned to one core.")
 @click.option("--repeats", default=10, show_default=True, help="Interleaved repeats that count.")
 @click.option("--warmup", default=2, show_default=True, help="Repeats before them that do not.")
 @click.option("--spinning/--no-spinning", default=False, show_default=True, help="Let the runtime's threads spin.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the runtime's graphs.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, each system in a process.")
 @click.option("--audio", multiple=True, type=FILE, help="File or folder to decode to its true length; repeatable.")
 @click.option("--bundle", type=FILE, help="Exported bundle of --model, for --audio.")
@@ -58,6 +58,7 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     """Real-time factor over the number of domains, and over real audio."""
     from das_asr.benchmarks.free import FreeOptions
     from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.rates import measure_rates
     from das_asr.benchmarks.rtf import RtfOptions
     from das_asr.benchmarks.worker import run_task
 
@@ -66,8 +67,10 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     free = FreeOptions.of(audio, bundle, chosen)
     before = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
     specification = {"rtf": dataclasses.asdict(chosen), "free": free and dataclasses.asdict(free)}
+    rates = measure_rates(chosen.threads)
     measured = run_task("rtf", specification, chosen.threads)
-    result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
+    rates = rates.best(measure_rates(chosen.threads))
+    result = {**before, "arguments": dataclasses.asdict(chosen), "rates": dataclasses.asdict(rates), **measured}
     write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     click.echo(json.dumps({"output": str(output), "runs": len(result["runs"])}))
 
@@ -80,20 +83,23 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     "--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File to put the table in."
 )
 def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, readme: Path | None) -> None:
-    """Tables and a picture from results of `das-bench rtf`; with no option, the report goes to standard output."""
-    from das_asr.benchmarks.report import read_results, render_report, render_rtf_table, replace_between_markers
+    """Tables and a picture from results of `das-bench rtf` or of `das-bench peers`.
 
-    data = read_results(results)
+    With no option, the report goes to standard output.
+    """
+    from das_asr.benchmarks.kinds import read_kind
+    from das_asr.benchmarks.report import replace_between_markers
+
+    kind, data = read_kind(results)
     if markdown:
-        write_whole(markdown, render_report(data))
+        write_whole(markdown, kind.report(data))
     if readme:
-        write_whole(readme, replace_between_markers(readme.read_text(encoding="utf-8"), render_rtf_table(data)))
+        text = readme.read_text(encoding="utf-8")
+        write_whole(readme, replace_between_markers(text, kind.table(data), kind.markers))
     if plot:
-        from das_asr.benchmarks.plot import plot_rtf
-
-        plot_rtf(data, plot)
+        kind.plot(data, plot)
     if not (markdown or plot or readme):
-        click.echo(render_report(data), nl=False)
+        click.echo(kind.report(data), nl=False)
 
 
 @main.command()
@@ -119,6 +125,31 @@ def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **opt
     result = {**before, **measure_load(chosen, lambda text: click.echo(text, err=True))}
     write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     click.echo(render_load(result), nl=False)
+
+
+@main.command()
+@click.option("--model", "-m", default="whisper-base-random", show_default=True, help="Checkpoint, or this random one.")
+@click.option("--domains", default="0,3,25", show_default=True, callback=whole_numbers, help="K, a list.")
+@click.option("--rank", default=32, show_default=True, help="LoRA rank of the adapters.")
+@click.option("--precision", default="fp32", show_default=True, help="Of the graphs.")
+@click.option("--tokens", default=30, show_default=True, help="New tokens of each utterance.")
+@click.option("--threads", default=1, show_default=True, help="With 1 the process is pinned to one core.")
+@click.option("--repeats", default=3, show_default=True, help="Utterances that count.")
+@click.option("--spinning/--no-spinning", default=False, show_default=True, help="Let idle threads spin.")
+@click.option("--output", "-o", type=OUTPUT, help="JSON file to write.")
+def profile(output: Path | None, **options: Any) -> None:
+    """Where the time of a step and of the encoder goes: by part of the network and by operator."""
+    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.step_profile import ProfileOptions, measure_profiles, render_profiles
+
+    check_folders(output=output)
+    chosen = ProfileOptions(**options)
+    before = {"kind": "profile", "schema": 1, **describe_run(), "machine": describe_machine()}
+    measured = measure_profiles(chosen, lambda text: click.echo(text, err=True))
+    result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
+    if output:
+        write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    click.echo(render_profiles(result), nl=False)
 
 
 @main.command()

@@ -28,10 +28,12 @@ __all__ = [
     "RandomShape",
     "adapter_folders",
     "cache_root",
+    "check_length",
     "is_multilingual",
     "make_adapters",
     "make_checkpoint",
     "prompt_ids",
+    "publish",
     "read_json",
     "resolve_model",
 ]
@@ -99,7 +101,7 @@ def resolve_model(name: str, cache: Path | None = None) -> Path:
 
 def make_checkpoint(directory: Path, shape: RandomShape, seed: int = 0) -> Path:
     """Writes a random checkpoint in the Hugging Face layout, unless it is there already."""
-    return _publish(directory, lambda folder: _write_checkpoint(folder, shape, seed))
+    return publish(directory, lambda folder: _write_checkpoint(folder, shape, seed))
 
 
 def adapter_folders(checkpoint: Path, rank: int, count: int, cache: Path | None = None) -> list[Path]:
@@ -135,6 +137,17 @@ def prompt_ids(checkpoint: Path) -> list[int]:
     return [*start, int(config["no_timestamps_token_id"])]
 
 
+def check_length(checkpoint: Path, tokens: int) -> None:
+    """Refuses more tokens than fit behind the prompt.
+
+    Raises:
+        OptionError: saying how many do.
+    """
+    longest = int(read_json(checkpoint / "config.json")["max_target_positions"]) - len(prompt_ids(checkpoint))
+    if tokens > longest:
+        raise OptionError(f"--tokens {tokens}: this model writes at most {longest} after its prompt. Ask for fewer.")
+
+
 def is_multilingual(generation_config: dict[str, Any]) -> bool:
     """Whether language and task are chosen by tokens of the prompt."""
     return bool(generation_config.get("is_multilingual", "lang_to_id" in generation_config))
@@ -155,8 +168,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _publish(directory: Path, build: Callable[[Path], None]) -> Path:
-    """Builds a folder under a temporary name beside its destination and renames it."""
+def publish(directory: Path, build: Callable[[Path], None]) -> Path:
+    """Builds a folder under a temporary name beside its destination and renames it, unless it is there already."""
     if directory.is_dir():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +299,7 @@ def _publish_adapter(folder: Path, model: Any, rank: int, seed: int) -> Any:
     )
     adapted = get_peft_model(model, config).eval()
     _draw(adapted, seed)
-    _publish(folder, lambda path: adapted.save_pretrained(str(path)))
+    publish(folder, lambda path: adapted.save_pretrained(str(path)))
     return adapted.unload()
 
 

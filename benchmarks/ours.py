@@ -6,7 +6,10 @@ and values are outputs of the encoder graph, the selection rule is part of the d
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ from das_asr.runtime import DecodingOptions, Transcriber, Transcription
 from das_asr.runtime.backends import BackendOptions, create_backend
 from das_asr.runtime.backends.base import Backend, Control, DecodingBatch, Encoded, LoadedStack, Slots, Step
 from das_asr.runtime.errors import OptionError
-from das_asr.runtime.manifest import read_manifest
+from das_asr.runtime.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from das_asr.runtime.adapters import Stack
 
 __all__ = ["OursSystem", "TimedBackend"]
+
+OpenBackend = Callable[[Path, Manifest, BackendOptions], Backend]
+DEFAULT_BACKEND: OpenBackend = functools.partial(create_backend, "onnxruntime")
 
 RULES = {"das": "paper", "das-hypothesis": "hypothesis"}
 
@@ -42,6 +48,11 @@ class TimedBackend:
         self.encoder = 0.0  # seconds
         self.decoder = 0.0  # seconds in all decoder runs
         self.starts: list[float] = []  # perf_counter at the start of each decoder run
+
+    @property
+    def prunes(self) -> bool:
+        """See `Backend`."""
+        return self._inner.prunes
 
     def load_stack(self, stack: Stack | None) -> LoadedStack:
         """See `Backend`."""
@@ -82,18 +93,30 @@ class _TimedBatch:
         self._clock.decoder += perf_counter() - started
         return step
 
+    def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
+        started = perf_counter()
+        self._inner.keep_rows(places, row_mask, stack)
+        self._clock.decoder += perf_counter() - started
+
 
 class OursSystem:
     """A bundle on ONNX Runtime."""
 
-    def __init__(self, name: str, work: Work) -> None:
+    def __init__(self, name: str, work: Work, backend: OpenBackend = DEFAULT_BACKEND) -> None:
+        """Loads the bundle.
+
+        Args:
+            name: of `RULES`.
+            work: what to do; the bundle must be given.
+            backend: opens the graphs in a folder.
+        """
         if work.bundle is None:
             raise OptionError(f"The system {name!r} needs an exported bundle. Give one with --bundle.")
         manifest = read_manifest(work.bundle)
-        backend = create_backend(
-            "onnxruntime", work.bundle, manifest, BackendOptions(threads=work.threads, spinning=work.spinning)
+        graphs = manifest.graphs(work.bundle, work.precision)
+        self._clock = TimedBackend(
+            backend(graphs, manifest, BackendOptions(threads=work.threads, spinning=work.spinning))
         )
-        self._clock = TimedBackend(backend)
         self._transcriber = Transcriber(manifest, work.bundle, self._clock)
         self._options = DecodingOptions(
             language="en",

@@ -9,7 +9,7 @@ from typing import Any
 from das_asr.benchmarks.systems import SYSTEMS
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["plot_rtf"]
+__all__ = ["plot_rtf", "save_figure"]
 
 
 def plot_rtf(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -18,19 +18,28 @@ def plot_rtf(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         OptionError: nothing to draw, or a file name that matplotlib cannot write.
     """
-    # Figure and canvas only: pyplot would pick a window system and keep every figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Figure only: pyplot would pick a window system and keep every figure alive.
     from matplotlib.figure import Figure
 
     panels = [(result, rank) for result in results for rank in sorted({run["rank"] for run in result["runs"]})]
     if not panels:
         raise OptionError("The results hold no runs over numbers of domains, so there is nothing to plot.")
     figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if path.suffix.lstrip(".").lower() not in canvas.get_supported_filetypes():
-        raise OptionError(f"--plot {path}: unknown picture format {path.suffix!r}. Use .png, .svg or .pdf.")
     for place, (result, rank) in enumerate(panels, start=1):
         _panel(figure.add_subplot(1, len(panels), place), result, rank)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure; the format follows from the file name.
+
+    Raises:
+        OptionError: matplotlib cannot write that format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if path.suffix.lstrip(".").lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
+        raise OptionError(f"--plot {path}: unknown picture format {path.suffix!r}. Use .png, .svg or .pdf.")
     figure.savefig(path, dpi=150)
 
 

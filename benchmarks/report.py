@@ -9,11 +9,11 @@ count as overhead. This is also how the DAS paper's Table VI defines it, for the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from das_asr.benchmarks.floor_report import floor_section
+from das_asr.benchmarks.rates import Rates
 from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK
 from das_asr.runtime.errors import OptionError
 
@@ -21,7 +21,6 @@ __all__ = [
     "MARKERS",
     "PAPER_TABLE_VI",
     "overhead",
-    "read_results",
     "render_report",
     "render_rtf_table",
     "replace_between_markers",
@@ -40,25 +39,6 @@ SEQUENTIAL, PARALLEL = "sequential-lora", "das"
 
 Record = Mapping[str, Any]
 Result = Mapping[str, Any]
-
-
-def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Reads result files.
-
-    Raises:
-        OptionError: a file is missing or is not a result of `das-bench rtf`.
-    """
-    results = []
-    for path in paths:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            hint = "Give files that `das-bench rtf` wrote with --output."
-            raise OptionError(f"{path} cannot be read as JSON ({error}). {hint}") from error
-        if not isinstance(data, dict) or data.get("kind") != "rtf":
-            raise OptionError(f"{path} is not a result of `das-bench rtf`. Give files that it wrote with --output.")
-        results.append(data)
-    return results
 
 
 def render_rtf_table(results: Sequence[Result]) -> str:
@@ -81,6 +61,9 @@ def render_report(results: Sequence[Result]) -> str:
             records = _select(result, rank)
             parts += [f"## Parts of an utterance, rank {rank}", _caption(result, rank), _phases(records)]
             parts += ["Tokens and memory:", _checks(records)]
+            if "rates" in result:
+                named = [(f"{_title(record['system'])}, K = {record['domains']}", record) for record in records]
+                parts += floor_section(named, Rates(**result["rates"]), result["arguments"]["threads"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -126,12 +109,13 @@ def _rtf_cell(record: Record | None) -> str:
 
 def _overheads(records: Sequence[Record]) -> str:
     head = ["domains", "parallel, DAS paper", "parallel, here", "sequential, DAS paper", "sequential, here"]
-    head += ["sequential / parallel, DAS paper", "sequential / parallel, here"]
+    head += ["K + 1 decodes, here", "PEFT, here", "sequential / parallel, DAS paper", "sequential / parallel, here"]
     rows = []
     for domains in (count for count in _domains(records) if count):
         paper = PAPER_TABLE_VI.get(domains, {})
         here = {"parallel": overhead(records, PARALLEL, domains), "sequential": overhead(records, SEQUENTIAL, domains)}
         cells = [_percent(values.get(kind)) for kind in ("parallel", "sequential") for values in (paper, here)]
+        cells += [_percent(overhead(records, system, domains)) for system in ("sequential-decodes", "peft-mixed")]
         rows.append([str(domains), *cells, _quotient(paper), _quotient(here)])
     caption = (
         "Overhead: extra time of a whole utterance over the same system without adapters, both relative to "
@@ -201,7 +185,8 @@ def _caption(result: Result, rank: int) -> str:
     threads = arguments["threads"]
     return (
         f"{arguments['model']}, LoRA rank {rank}, {result['window_seconds']:g} s of audio, {arguments['tokens']} "
-        f"tokens, fp32, {threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
+        f"tokens, {arguments.get('precision', 'fp32')}, "
+        f"{threads} thread{'s' * (threads > 1)} of {machine['processor']} ({machine['architecture']}, "
         f"{machine['cores']} cores); medians of {arguments['repeats']} interleaved repeats; {packages}; "
         f"{result['date'][:10]}."
     )

@@ -9,18 +9,16 @@ within a repeat.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from das_asr.benchmarks.audio import window_audio
 from das_asr.benchmarks.bundles import bundle_for
+from das_asr.benchmarks.figures import figures, ratios
+from das_asr.benchmarks.floor import demands
 from das_asr.benchmarks.free import FreeOptions, run_free
 from das_asr.benchmarks.machine import pinned, quiet_libraries
 from das_asr.benchmarks.memory import measure_memory
@@ -28,12 +26,12 @@ from das_asr.benchmarks.models import (
     BASE_RANDOM,
     SAMPLE_RATE,
     adapter_folders,
+    check_length,
     prompt_ids,
-    read_json,
     resolve_model,
 )
 from das_asr.benchmarks.systems import SYSTEMS, YARDSTICK, System, Work, open_system, system_names
-from das_asr.benchmarks.timing import Utterance, summarize
+from das_asr.benchmarks.timing import Utterance
 from das_asr.runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -59,6 +57,7 @@ class RtfOptions:
     tau: float = 0.025
     memory: bool = True
     spinning: bool = False
+    precision: str = "fp32"  # of the runtime's graphs; PyTorch stays at float32
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> RtfOptions:
@@ -90,16 +89,17 @@ def run_rtf(options: RtfOptions, log: Log) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     with quiet_libraries():
         checkpoint = resolve_model(options.model)
-        _check_length(checkpoint, options.tokens)
+        check_length(checkpoint, options.tokens)
         for rank in options.ranks:
             for domains in options.domains:
                 log(f"{domains} domains, rank {rank}")
                 adapters = tuple(adapter_folders(checkpoint, rank, domains))
                 # A bundle for each number of domains: a larger one's tensors would count as this one's memory.
-                bundle = bundle_for(checkpoint, adapters, rank, log)
+                bundle = bundle_for(checkpoint, adapters, rank, log, precisions=("fp32", options.precision))
                 work = Work(
-                    checkpoint, adapters, options.tokens, options.tau, options.threads, bundle, options.spinning
-                )
+                    checkpoint, adapters, options.tokens, options.tau, options.threads, bundle, options.spinning,
+                    options.precision,
+                )  # fmt: skip
                 records += _compare(work, rank, options, log)
         seconds = len(window_audio(checkpoint)) / SAMPLE_RATE
     return {"window_seconds": seconds, "runs": records}
@@ -134,12 +134,6 @@ def agreement(taken: Mapping[str, Sequence[Utterance]], domains: int) -> dict[st
     return counted
 
 
-def _check_length(checkpoint: Path, tokens: int) -> None:
-    longest = int(read_json(checkpoint / "config.json")["max_target_positions"]) - len(prompt_ids(checkpoint))
-    if tokens > longest:
-        raise OptionError(f"--tokens {tokens}: this model writes at most {longest} after its prompt. Ask for fewer.")
-
-
 def _compare(work: Work, rank: int, options: RtfOptions, log: Log) -> list[dict[str, Any]]:
     domains = len(work.adapters)
     with pinned(options.threads), contextlib.ExitStack() as stack:
@@ -149,48 +143,19 @@ def _compare(work: Work, rank: int, options: RtfOptions, log: Log) -> list[dict[
         audio = window_audio(work.checkpoint)
         taken = interleave(systems, audio, options.repeats, options.warmup)
     agreements = agreement(taken, domains)
+    past = len(prompt_ids(work.checkpoint)) + options.tokens // 2
     records = []
     for name, utterances in taken.items():
         record = {"system": name, "domains": domains, "rank": rank, "agreement": agreements[name]}
-        record |= _numbers(utterances, taken[YARDSTICK], len(audio) / SAMPLE_RATE)
+        record |= figures(utterances, len(audio) / SAMPLE_RATE)
+        totals = ([item.total for item in items] for items in (utterances, taken[YARDSTICK]))
+        record["ratio_to_transformers"] = ratios(*totals)
         record["memory_mib"] = measure_memory(name, work) if options.memory else None
+        if name.startswith("das") and work.bundle:
+            record["demand"] = demands(work.bundle, work.precision, past)
         records.append(record)
         log(_line(record))
     return records
-
-
-def _numbers(utterances: Sequence[Utterance], yardstick: Sequence[Utterance], seconds: float) -> dict[str, Any]:
-    """Summaries of one system's repeats; times in milliseconds."""
-    totals = [utterance.total for utterance in utterances]
-    ratios = [mine.total / other.total for mine, other in zip(utterances, yardstick, strict=True)]
-    rtf = statistics.median(totals) / seconds
-    first = utterances[0]
-    return {
-        "rtf": rtf,
-        "rtfx": 1 / rtf,
-        "ratio_to_transformers": _summary(ratios, 1.0),
-        "total_ms": _summary(totals),
-        "features_ms": _summary([utterance.features for utterance in utterances]),
-        "encoder_ms": _summary([utterance.encoder for utterance in utterances]),
-        "prefill_ms": _summary([utterance.prefill for utterance in utterances]),
-        "step_ms": _summary([step for utterance in utterances for step in utterance.steps]),
-        "token_ms": _summary([_per_token(utterance) for utterance in utterances]),
-        "selection_ms": _summary([item.selection for item in utterances if item.selection is not None]),
-        "host_ms": _summary([item.host for item in utterances if item.host is not None]),
-        "tokens": list(first.tokens),
-        "rows": {str(row): count for row, count in sorted(Counter(first.rows).items())},
-        "repeatable": all(utterance.tokens == first.tokens for utterance in utterances),
-    }
-
-
-def _summary(values: Sequence[float], scale: float = 1e3) -> dict[str, float] | None:
-    summary = summarize([value * scale for value in values])
-    return dataclasses.asdict(summary) if summary else None
-
-
-def _per_token(utterance: Utterance) -> float:
-    """Seconds of decoding per token, prefill and host included."""
-    return (utterance.total - utterance.features - utterance.encoder) / len(utterance.tokens)
 
 
 def _line(record: Mapping[str, Any]) -> str:

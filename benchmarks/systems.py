@@ -35,6 +35,7 @@ class Work:
     threads: int = 1
     bundle: Path | None = None  # the same base and adapters exported; only the runtime needs it
     spinning: bool = False  # whether the runtime's idle threads spin
+    precision: str = "fp32"  # of the bundle's graphs
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Work:

@@ -27,7 +27,7 @@ from das_asr.benchmarks.wording import Normalize, Wording, Words
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.results import BASE
 
-__all__ = ["WerOptions", "evaluate", "open_pool", "row_errors", "winners"]
+__all__ = ["WerOptions", "evaluate", "list_sentences", "open_pool", "plain_options", "row_errors", "winners"]
 
 Rows = NDArray[np.int64]
 Log = Callable[[str], None]
@@ -75,11 +75,11 @@ def evaluate(
         for name, outcomes in _run_pool(pool, sets, references, normalize, options, rows, log):
             found[name].update(outcomes)
     return WerReport(
-        sets={each.name: _sentences(each, references[each.name], rows.get(each.name)) for each in sets},
+        sets={each.name: list_sentences(each, references[each.name], rows.get(each.name)) for each in sets},
         systems=tuple(SystemResult(system.name, system.description, found[system.name]) for system in systems),
         baseline=options.baseline,
-        wording=_plain(options.wording),
-        about={**describe_run(), "machine": describe_machine(), "arguments": _plain(options)},
+        wording=plain_options(options.wording),
+        about={**describe_run(), "machine": describe_machine(), "arguments": plain_options(options)},
     )
 
 
@@ -189,7 +189,8 @@ def _triple(row: Counts) -> tuple[int, int, int]:
     return substitutions, insertions, deletions
 
 
-def _sentences(each: EvaluationSet, references: Sequence[Words], own: OwnTexts | None) -> tuple[Sentence, ...]:
+def list_sentences(each: EvaluationSet, references: Sequence[Words], own: OwnTexts | None) -> tuple[Sentence, ...]:
+    """The sentences of a set with their words, and what each row wrote of them where that is known."""
     folder = each.source if each.source.is_dir() else each.source.parent
     found = []
     for index, (utterance, words) in enumerate(zip(each.utterances, references, strict=True)):
@@ -200,7 +201,7 @@ def _sentences(each: EvaluationSet, references: Sequence[Words], own: OwnTexts |
     return tuple(found)
 
 
-def _plain(options: WerOptions | Wording) -> dict[str, object]:
+def plain_options(options: WerOptions | Wording) -> dict[str, object]:
     """The options as JSON has them."""
 
     def plain(value: object) -> object:

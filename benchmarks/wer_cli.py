@@ -13,17 +13,31 @@ from das_asr.benchmarks.output import check_folders, write_whole
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["forgetting_command", "numbers", "tables_command", "tune_command", "wer_command"]
+__all__ = [
+    "EXISTING",
+    "FILE",
+    "FOLDER",
+    "common_options",
+    "forgetting_command",
+    "numbers",
+    "say",
+    "shared_choices",
+    "tables_command",
+    "tune_command",
+    "wer_command",
+    "whole_numbers",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
+FIGURE = click.option("--figure", type=FILE, help="Picture to write: .png, .svg or .pdf.")
 
 
-def _common(command: F) -> F:
-    """Options that both commands have."""
+def common_options(batch_size: int = 16) -> Callable[[F], F]:
+    """Options of every command that decodes test sets."""
     options = [
         click.option("--bundle", "-b", required=True, type=FOLDER, help="What `das-export` wrote."),
         click.option(
@@ -45,18 +59,18 @@ def _common(command: F) -> F:
         click.option("--spellings", type=EXISTING, help="normalizer.json or checkpoint that has it, for `whisper`."),
         click.option("--language", help="Code or English name; detected if the model knows several."),
         click.option("--max-tokens", type=int, help="Longest text of a row in tokens."),
-        click.option("--batch-size", default=16, show_default=True, help="Utterances decoded together."),
+        click.option("--batch-size", default=batch_size, show_default=True, help="Utterances decoded together."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option("--threads", type=int, help="Threads; by default all cores."),
         click.option("--skip-unfit", is_flag=True, help="Leave out audio that is too long or too short."),
         click.option("--output", "-o", required=True, type=FILE, help="JSON file to write."),
-        click.option("--figure", type=FILE, help="Picture to write: .png, .svg or .pdf."),
     ]
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 @click.command("wer", cls=Command)
-@_common
+@common_options()
+@FIGURE
 @click.option("--system", "named", multiple=True, help="[NAME=][FOLDER:]KIND, or `all` (the default); repeatable.")
 @click.option("--systems", "listed", type=EXISTING, help="YAML or JSON map from names to such descriptions.")
 @click.option("--baseline", default="base", show_default=True, help="System that the others are compared with.")
@@ -102,9 +116,9 @@ def wer_command(
     systems = parse_systems(described or [ALL], adapters)
     if (page := options["worst_system"]) and page not in {system.name for system in systems} | {"base"}:
         raise OptionError(f"--worst-system {page!r} is none of the systems. Name one of them.")
-    chosen = WerOptions(bundle=bundle, baseline=options["baseline"], **_shared(options))
+    chosen = WerOptions(bundle=bundle, baseline=options["baseline"], **shared_choices(options))
     with quiet_libraries():
-        report = evaluate(systems, read_sets([parse_source(text) for text in tests]), chosen, _say)
+        report = evaluate(systems, read_sets([parse_source(text) for text in tests]), chosen, say)
     statistics = WerStatistics(report, bootstrap)
     write_whole(output, report.to_json())
     text = render_wer(statistics)
@@ -119,7 +133,8 @@ def wer_command(
 
 
 @click.command("tune", cls=Command)
-@_common
+@common_options()
+@FIGURE
 @click.option("--rule", "rules", multiple=True, help="Shared-history rule to try; by default all; `none` for none.")
 @click.option("--taus", help="Comma-separated thresholds to try.")
 @click.option("--switch-costs", help="Comma-separated switch costs of hypothesis to try.")
@@ -156,10 +171,10 @@ def tune_command(
     if rules:
         grid["rules"] = () if rules == ("none",) else rules
     chosen = TuneOptions(
-        bundle=bundle, retained=retain or None, allowance=options["allowance"] / 100, **grid, **_shared(options)
+        bundle=bundle, retained=retain or None, allowance=options["allowance"] / 100, **grid, **shared_choices(options)
     )
     with quiet_libraries():
-        report = tune(read_sets([parse_source(text) for text in tests]), chosen, _say)
+        report = tune(read_sets([parse_source(text) for text in tests]), chosen, say)
     write_whole(output, report.to_json())
     if figure:
         plot_tuning(report, figure)
@@ -223,8 +238,8 @@ def forgetting_command(
     write_whole(output, f"## {title}\n\nWER and F in %; {facts(found)}.\n\n{table}\n")
 
 
-def _shared(options: dict[str, Any]) -> dict[str, Any]:
-    """Wording, decoding and the rest of what both commands pass on."""
+def shared_choices(options: dict[str, Any]) -> dict[str, Any]:
+    """Wording, decoding and the rest of what these commands pass on."""
     from das_asr.benchmarks.wer_decode import DecodeOptions
     from das_asr.benchmarks.wording import Wording
 
@@ -249,5 +264,18 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
         raise OptionError(f"--{flag} {text!r} is not a list of numbers such as 0.01,0.025,0.1.") from None
 
 
-def _say(text: str) -> None:
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """`1,3` -> (1, 3), for the option `--name`.
+
+    Raises:
+        OptionError: the text is no list of whole numbers.
+    """
+    try:
+        return tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise OptionError(f"--{name} {text!r} is not a list of whole numbers such as 1,3.") from None
+
+
+def say(text: str) -> None:
+    """Tells how far a command is, beside its result."""
     click.echo(text, err=True)

@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.runtime.backends.base import LoadedStack
+from das_asr.runtime.adapter_sets import AdapterSet
 from das_asr.runtime.clock import Clock
-from das_asr.runtime.decoding import DecodedBatch, Plan, Prompt
+from das_asr.runtime.decoding import DecodedBatch
+from das_asr.runtime.job import Job
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.results import Transcription
 from das_asr.runtime.selection import HYPOTHESIS
@@ -77,9 +78,9 @@ class RereadingTranscriber(Transcriber):
         return self
 
     def _decode(
-        self, samples: list[Samples], stack: LoadedStack, plan: Plan, prompts: list[Prompt], clock: Clock
+        self, samples: list[Samples], margin: float | None, adapters: AdapterSet, job: Job, clock: Clock
     ) -> DecodedBatch:
-        self._decoded = super()._decode(samples, stack, plan, prompts, clock)
+        self._decoded = super()._decode(samples, margin, adapters, job, clock)
         return self._decoded
 
 
@@ -90,5 +91,6 @@ def _of_rows(decoded: DecodedBatch, rows: Sequence[int]) -> DecodedBatch:
         candidates=decoded.candidates[:, :, rows],
         logprobs=decoded.logprobs[:, :, rows],
         lengths=decoded.lengths[:, rows],
+        pruned=decoded.pruned[:, rows],
         finished=decoded.finished[:, rows],
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from das_asr.runtime.errors import DasError, OptionError
 
-__all__ = ["run_task"]
+__all__ = ["check_threads", "pools", "run_task"]
 
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 REFUSED = 3  # exit status of an error that the user can mend
@@ -39,14 +39,14 @@ def run_task(task: str, specification: Mapping[str, Any], threads: int) -> Any:
         DasError: the task refused; the message is its own.
         OptionError: more threads than this process may use.
     """
-    _check_threads(threads)
+    check_threads(threads)
     done = subprocess.run(
         [sys.executable, "-m", "das_asr.benchmarks.worker", task],
         input=json.dumps(specification, default=str),
         stdout=subprocess.PIPE,
         text=True,
         check=False,
-        env={**os.environ, **dict.fromkeys(POOLS, str(threads))},
+        env={**os.environ, **pools(threads)},
     )
     if done.returncode == REFUSED:
         raise DasError(json.loads(done.stdout)["error"])
@@ -55,7 +55,17 @@ def run_task(task: str, specification: Mapping[str, Any], threads: int) -> Any:
     return json.loads(done.stdout)
 
 
-def _check_threads(threads: int) -> None:
+def pools(threads: int) -> dict[str, str]:
+    """The environment of a process whose thread pools shall have that size."""
+    return dict.fromkeys(POOLS, str(threads))
+
+
+def check_threads(threads: int) -> None:
+    """Refuses more threads than there are cores.
+
+    Raises:
+        OptionError: naming both numbers.
+    """
     from das_asr.benchmarks.machine import usable_cores
 
     if threads > (usable := len(usable_cores())):
@@ -67,6 +77,14 @@ def _perform(task: str, specification: dict[str, Any]) -> Any:
         from das_asr.benchmarks.memory import probe
 
         return probe(specification)
+    if task == "rates":
+        from das_asr.benchmarks.rates import probe_rates
+
+        return probe_rates(specification)
+    if task == "profile":
+        from das_asr.benchmarks.step_profile import probe_profile
+
+        return probe_profile(specification)
     from das_asr.benchmarks.rtf import measure
 
     return measure(specification)

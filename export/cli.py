@@ -222,7 +222,8 @@ class _Echo(logging.Handler):
 def _told(*, quiet: bool) -> Iterator[None]:
     """Shows progress unless `quiet`, and warnings as one line each."""
     log, handler = logging.getLogger("das_asr.export"), _Echo()
-    level = log.level
+    level, propagate = log.level, log.propagate
+    log.propagate = False  # a library that sets up the root logger would show every line twice
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
@@ -234,6 +235,7 @@ def _told(*, quiet: bool) -> Iterator[None]:
         finally:
             log.removeHandler(handler)
             log.setLevel(level)
+            log.propagate = propagate
 
 
 @contextlib.contextmanager

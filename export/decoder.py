@@ -152,7 +152,7 @@ def _shared_shapes(
     """The dynamic shapes that every layer reshapes to, computed once per run."""
     new = g.op("Shape", inputs["ids"], name="new_dim", start=2, end=3)
     lead = g.op("Shape", inputs["ids"], name="lead_dims", start=0, end=2)
-    by_row = (lead, g.constant("rest_and_audio", [-1, dims.audio_positions]))
+    by_row = (lead, g.constant("rest_and_audio", [-1, 0]))  # 0: as it is
     by_head = (lead, new, g.constant("heads_and_rest", [dims.decoder_heads, -1]))
     return _Shared(
         g,
@@ -210,7 +210,7 @@ def _cross_attention(s: _Shared, layer: int, x: Value) -> Value:
     scores = g.op("Reshape", scores, s.by_row_shape, name="scores_by_row")
     weights = g.op("Softmax", scores, name="weights", axis=-1)  # [B, R, n*H, S]
 
-    by_column = g.constant("weights_by_column", [0, -1, s.dims.decoder_heads, s.dims.audio_positions])
+    by_column = g.constant("weights_by_column", [0, -1, s.dims.decoder_heads, 0])
     weights_t = g.op("Reshape", weights, by_column, name="weights_by_column")
     weights_t = g.op("Transpose", weights_t, name="weights_t", perm=[0, 2, 3, 1])  # [B, H, S, R*n]
     base_t = g.op("MatMul", s.inputs[f"cross_v{layer}"], weights_t, name="base_context_t")  # [B, H, d, R*n]

@@ -59,7 +59,7 @@ def feed_forward(g: GraphBuilder, source: WeightSource, path: str, x: Value) -> 
 def build_encoder(g: GraphBuilder, source: WeightSource, dims: Dimensions, stack: Stack) -> None:
     """Features [B, mels, frames] -> the cross-attention tensors of every decoder layer."""
     features, *lora = (
-        g.input(spec, "log-mel features of one window")
+        g.input(spec, "log-mel features of one window or its beginning")
         if spec.name == "features"
         else g.overridable(spec, stack.tensors[spec.name], "LoRA A of the cross-attention values, one per row")
         for spec in encoder_inputs(dims)
@@ -79,7 +79,7 @@ def build_encoder(g: GraphBuilder, source: WeightSource, dims: Dimensions, stack
 
 
 def _stem(g: GraphBuilder, source: WeightSource, features: Value) -> Value:
-    """Two convolutions and the position table: [B, mels, frames] -> [B, S, D]."""
+    """Two convolutions and the position table, as far as the features go: [B, mels, frames] -> [B, S, D]."""
     x = features
     for name, stride in (("conv1", 1), ("conv2", 2)):
         path = f"model.encoder.{name}"
@@ -88,8 +88,11 @@ def _stem(g: GraphBuilder, source: WeightSource, features: Value) -> Value:
         x = g.op("Conv", x, weight, bias, name=name, kernel_shape=[3], pads=[1, 1], strides=[stride])
         x = g.op("Gelu", x, name=f"{name}/gelu")
     x = g.op("Transpose", x, name="to_positions", perm=[0, 2, 1])
-    table = "model.encoder.embed_positions.weight"
-    return g.op("Add", x, g.weight(table, source.weight(table)), name="embed_positions")
+    path = "model.encoder.embed_positions.weight"
+    table = g.weight(path, source.weight(path))
+    heard = g.op("Shape", x, name="audio", start=1, end=2)
+    first = g.constant("axis_0", [0])
+    return g.op("Add", x, g.op("Slice", table, first, heard, first, name="positions"), name="embed_positions")
 
 
 def _encoder_layer(g: GraphBuilder, source: WeightSource, dims: Dimensions, path: str, x: Value) -> Value:

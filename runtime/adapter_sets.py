@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from das_asr.runtime.adapters import Adapter, check_names, load_adapter, stack_adapters
+from das_asr.runtime.adapters import Adapter, Stack, check_names, load_adapter, select_rows, stack_adapters
 from das_asr.runtime.backends.base import Backend, LoadedStack
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import Manifest
@@ -25,6 +26,7 @@ class AdapterSet:
 
     names: tuple[str, ...]
     loaded: LoadedStack
+    stack: Stack | None  # what was loaded; None: what the graphs carry
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -38,7 +40,8 @@ class AdapterSets:
     def __init__(self, backend: Backend, manifest: Manifest, directory: Path) -> None:
         self._backend, self._manifest, self._directory = backend, manifest, directory
         self._bundled = tuple(entry.name for entry in manifest.adapters)
-        self._current = AdapterSet(self._bundled, backend.load_stack(None))
+        self._current = AdapterSet(self._bundled, backend.load_stack(None), None)
+        self._carried: Stack | None = None  # what the graphs carry; read from the bundle when first needed
         self._subsets: OrderedDict[tuple[str, ...], AdapterSet] = OrderedDict()
         self._read: dict[str, Adapter] = {}  # adapters read so far; the bundle's own only when first needed
         self._lock = threading.Lock()
@@ -67,6 +70,25 @@ class AdapterSets:
             if len(self._subsets) > _KEPT_SUBSETS:
                 self._subsets.popitem(last=False)
             return self._subsets[names]
+
+    def subset(self, chosen: AdapterSet, rows: Sequence[int]) -> LoadedStack:
+        """Some rows of a set, with its rank: what a batch that was started with the set can go on with.
+
+        Args:
+            chosen: from `get`; it need not be the current set any more.
+            rows: indices among its rows, the base's 0 first.
+        """
+        if len(rows) == len(chosen.rows):
+            return chosen.loaded
+        stack = chosen.stack or self._carried_stack()
+        return self._backend.load_stack(select_rows(stack, [chosen.names[row - 1] for row in rows[1:]]))
+
+    def _carried_stack(self) -> Stack:
+        with self._lock:
+            if self._carried is None:
+                adapters = [self._read_bundled(name) for name in self._bundled]
+                self._carried = stack_adapters(adapters, self._manifest.dimensions)
+            return self._carried
 
     def add(self, name: str, directory: str | Path) -> None:
         """Reads a PEFT checkpoint and makes it the last row.
@@ -102,10 +124,13 @@ class AdapterSets:
 
     def _make(self, names: tuple[str, ...]) -> AdapterSet:
         dims = self._manifest.dimensions
-        return AdapterSet(names, self._backend.load_stack(stack_adapters([self._adapter(n) for n in names], dims)))
+        stack = stack_adapters([self._adapter(name) for name in names], dims)
+        return AdapterSet(names, self._backend.load_stack(stack), stack)
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self._read:
-            path = self._directory / "adapters" / f"{name}.safetensors"
-            self._read[name] = load_adapter(path, name, self._manifest.dimensions)
+            self._read[name] = self._read_bundled(name)
         return self._read[name]
+
+    def _read_bundled(self, name: str) -> Adapter:
+        return load_adapter(self._directory / "adapters" / f"{name}.safetensors", name, self._manifest.dimensions)

@@ -31,7 +31,7 @@ class GrowingCache:
         return self._values
 
     def advance(self, presents: Sequence[Any]) -> None:
-        """Takes the outputs of a run, in the order of `present_names`."""
+        """Takes the outputs of a run, or fewer rows of what it has, in the order of `present_names`."""
         if len(presents) != len(self._pasts):
             raise ValueError(f"{len(presents)} cache tensors for {len(self._pasts)} inputs")
         self._values = presents

@@ -13,7 +13,7 @@ import click
 from das_asr.runtime.backends import BACKENDS
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import DasError
-from das_asr.runtime.options import SCORES, DecodingOptions
+from das_asr.runtime.options import AUDIO_CONTEXTS, SCORES, DecodingOptions
 from das_asr.runtime.selection import HYPOTHESIS, RULES
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 @click.option("--task", type=click.Choice(["transcribe", "translate"]), default="transcribe", show_default=True)
 @click.option("--prompt", help="Text that came before, or words to expect.")
 @click.option("--max-tokens", type=int, help="Longest transcription in tokens.")
-@click.option("--adapters", help="Comma-separated names; by default all of the bundle's.")
+@click.option("--adapters", help="Comma-separated names, by default all; auto:3 keeps the 3 most telling ones.")
+@click.option("--max-active-rows", type=int, help="Rows that go on after --prune-after tokens, the base among them.")
+@click.option("--prune-margin", type=float, help="Rows that are further behind the best stop; rule hypothesis.")
+@click.option("--prune-after", type=int, help="Tokens after which rows are pruned; by default 8.")
 @click.option(
     "--load-adapter",
     "loaded",
@@ -62,6 +65,14 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
     "--switch-cost", type=float, help="Let rows take over inside a text: free where they agree, else at this."
 )
 @click.option("--base-bias", type=float, default=0.0, show_default=True, help="In favour of the base's text.")
+@click.option(
+    "--audio-context",
+    type=click.Choice(AUDIO_CONTEXTS),
+    default="window",
+    show_default=True,
+    help="What the encoder hears: the model's window, or the audio and a margin.",
+)
+@click.option("--audio-margin", type=float, default=1.0, show_default=True, help="Seconds behind the audio, for fit.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="All but this need a GPU."
@@ -83,8 +94,7 @@ def main(
     **choices: Any,
 ) -> None:
     """Transcribe FILES: wav, flac, ogg or mp3, at any rate and with any number of channels."""
-    names = None if adapters is None else tuple(name.strip() for name in adapters.split(",") if name.strip())
-    options = DecodingOptions(adapters=names, **choices)
+    options = DecodingOptions(adapters=_chosen(adapters), **choices)
     from das_asr.runtime.transcriber import Transcriber  # after the options: a wrong one is told at once
 
     with Transcriber.load(bundle, device, threads, backend=backend, precision=precision) as transcriber:
@@ -99,6 +109,13 @@ def main(
                 click.echo(_render(path, outcome, form, provenance, several=len(files) > 1))
     if failed:
         raise click.ClickException(f"{failed} of {len(files)} files could not be transcribed.")
+
+
+def _chosen(adapters: str | None) -> tuple[str, ...] | str | None:
+    """Names of adapters, or `auto:m` as it is."""
+    if adapters is None or adapters.startswith("auto:"):
+        return adapters
+    return tuple(name.strip() for name in adapters.split(",") if name.strip())
 
 
 def _transcribe_all(

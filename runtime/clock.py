@@ -20,7 +20,8 @@ class Clock:
     def __init__(self) -> None:
         self._started = self._last = perf_counter()
         self._stages = {"audio": 0.0, "features": 0.0, "encoder": 0.0, "prefill": 0.0, "steps": 0.0}
-        self._step_count, self._queue = 0, 0.0
+        self._step_rows: tuple[int, ...] = ()
+        self._queue = 0.0
 
     def lap(self, stage: str | None) -> None:
         """Books the time since the last lap; None leaves it to the host."""
@@ -33,12 +34,12 @@ class Clock:
         """Books what the loop measured itself."""
         self._stages["prefill"] += batch.prefill_seconds
         self._stages["steps"] += sum(batch.step_seconds)
-        self._step_count += len(batch.step_seconds)
+        self._step_rows += batch.step_rows
 
-    def served(self, stages: Stages) -> None:
+    def served(self, stages: Stages, batch: DecodedBatch) -> None:
         """Books what the scheduler measured; other requests' turns in between are host time."""
         self._stages["encoder"], self._stages["prefill"] = stages.encoder, stages.prefill
-        self._stages["steps"], self._step_count = sum(stages.steps), len(stages.steps)
+        self._stages["steps"], self._step_rows = sum(stages.steps), batch.step_rows
         self._queue = stages.queue
 
     def stop(self, audio_duration: float) -> Timings:
@@ -47,7 +48,8 @@ class Clock:
         host = total - sum(self._stages.values())
         return Timings(
             audio_duration=audio_duration,
-            step_count=self._step_count,
+            step_count=len(self._step_rows),
+            step_rows=self._step_rows,
             host=host,
             total=total,
             queue=self._queue,

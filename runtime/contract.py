@@ -1,9 +1,9 @@
 """The graph contract: every name, shape and dtype that crosses between the exported graphs and the runtime.
 
 Symbols: B utterances, R rows (row 0 is the base, row i is base + adapter i), n new tokens of this call, T cached
-tokens, r LoRA rank of the stack, V vocabulary, D model width, H decoder heads, d = D / H, S encoder positions of one
-window, L decoder layers, lanes = B * R. Symbolic dimensions are strings (`batch`, `rows`, `lanes`, `new`, `past`,
-`total`, `rank`).
+tokens, r LoRA rank of the stack, V vocabulary, D model width, H decoder heads, d = D / H, S encoder positions of the
+audio that is heard, L decoder layers, lanes = B * R. Symbolic dimensions are strings (`batch`, `rows`, `lanes`,
+`frames`, `audio`, `new`, `past`, `total`, `rank`); `frames` is even, at most a window, and twice `audio`, which is S.
 
 The decoder exists in two forms that compute the same. In `decoder.onnx` the self-attention cache grows with every run,
 which is fastest on a CPU. In `decoder_static.onnx` it has a fixed size and is updated in place, which GPUs need.
@@ -95,11 +95,11 @@ def lora_specs(dims: Dimensions, dtype: DType = "float32") -> Iterator[TensorSpe
 
 def cross_specs(dims: Dimensions, dtype: DType = "float32") -> Iterator[TensorSpec]:
     """What the encoder hands to the decoder: keys, transposed values and the low-rank part of each row's values."""
-    heads, size, positions = dims.decoder_heads, dims.head_size, dims.audio_positions
+    heads, size = dims.decoder_heads, dims.head_size
     for layer in range(dims.decoder_layers):
-        yield TensorSpec(f"cross_k{layer}", dtype, ("batch", heads, positions, size))
-        yield TensorSpec(f"cross_v{layer}", dtype, ("batch", heads, size, positions))
-        yield TensorSpec(f"cross_u{layer}", dtype, ("batch", "rows", positions, "rank"))
+        yield TensorSpec(f"cross_k{layer}", dtype, ("batch", heads, "audio", size))
+        yield TensorSpec(f"cross_v{layer}", dtype, ("batch", heads, size, "audio"))
+        yield TensorSpec(f"cross_u{layer}", dtype, ("batch", "rows", "audio", "rank"))
 
 
 def cache_names(dims: Dimensions) -> Iterator[tuple[str, str]]:
@@ -116,7 +116,7 @@ def _encoder_lora(spec: TensorSpec) -> bool:
 def encoder_inputs(dims: Dimensions, dtype: DType = "float32") -> list[TensorSpec]:
     """`features` and the adapter tensors whose product with the encoder output every row needs once per utterance."""
     return [
-        TensorSpec("features", "float32", ("batch", dims.mels, dims.frames)),
+        TensorSpec("features", "float32", ("batch", dims.mels, "frames")),
         *(spec for spec in lora_specs(dims, dtype) if _encoder_lora(spec)),
     ]
 

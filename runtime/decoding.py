@@ -2,7 +2,7 @@
 
 Shared history is ADML (DAS paper, Algorithm 1): at every step one row's token is chosen and fed to all rows. With own
 history (`hypothesis`) each row goes on with its own token in the same batch, so both cost the same per step. The graph
-chooses and feeds the next ids itself; the host only looks for the end.
+chooses and feeds the next ids itself; the host only looks for the end. Rows that nobody needs any more leave the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.runtime.backends.base import Control, DecodingBatch, Step
+from das_asr.runtime.backends.base import Control, DecodingBatch, LoadedStack, Step
+from das_asr.runtime.live_rows import Cut, LiveRows
+from das_asr.runtime.pruning import Pruning, RowJudge
 from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, StepCandidates, choose_rows
 
 __all__ = ["DecodedBatch", "Plan", "Prompt", "Writing", "decode", "prefill", "wants_logits"]
@@ -40,6 +42,9 @@ class Plan:
     probe: (
         Callable[[NDArray[np.float32]], list[Prompt] | None] | None
     )  # logits [B, R, V] -> prompts of the same lengths
+    pruning: Pruning | None = None
+    subset: Callable[[tuple[int, ...]], LoadedStack] | None = None
+    """Adapters of some rows only, by their index; None: rows that are not needed any more stay in the batch."""
 
     @property
     def host_rule(self) -> SelectionRule | None:
@@ -55,9 +60,11 @@ class DecodedBatch:
     logprobs: NDArray[np.float32]  # [T, B, R]
     rows: NDArray[np.int64]  # [T, B]: the row that chose; meaningless with own history
     lengths: NDArray[np.int64]  # [B, R]: tokens before end-of-text; with shared history the same in every row
-    finished: NDArray[np.bool_]  # [B, R]: ended with end-of-text, not by the limit
+    finished: NDArray[np.bool_]  # [B, R]: ended with end-of-text, neither by the limit nor pruned
+    pruned: NDArray[np.int64]  # [B, R]: tokens after which the row stopped early, -1 if it did not
     prefill_seconds: float
     step_seconds: tuple[float, ...]
+    step_rows: tuple[int, ...]  # rows in the batch at each step
 
 
 def decode(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> DecodedBatch:
@@ -69,6 +76,8 @@ def decode(batch: DecodingBatch, prompts: Sequence[Prompt], plan: Plan) -> Decod
     step_seconds = []
     while transcript.write(step):
         began = perf_counter()
+        if plan.subset is not None and (cut := transcript.cut()) is not None:
+            batch.keep_rows(cut.places, cut.row_mask, plan.subset(cut.rows))
         step = batch.run(
             transcript.position(), transcript.prompt_last, transcript.next_ids(), logits=wants_logits(plan)
         )
@@ -132,10 +141,15 @@ class Writing:
         room = plan.text_positions - prompt_lengths
         self._limits = room if plan.max_tokens is None else np.minimum(room, plan.max_tokens)  # [B]
         self._shortest = int(self._limits.min())
-        shape = plan.control.row_mask.shape
+        batch, rows = plan.control.row_mask.shape
+        shape = (batch, rows)
         self._own = plan.rule == HYPOTHESIS
-        self._utterances = np.arange(shape[0])
-        self._alive = np.ones(shape, np.bool_)
+        self._utterances = np.arange(batch)
+        self._alive: NDArray[np.bool_] = np.ones(shape, np.bool_)
+        self._judge = None if plan.pruning is None else RowJudge(plan.pruning, shape)
+        self._pruned: NDArray[np.int64] = np.full(shape, -1, np.int64)
+        self._rows_in_batch = LiveRows(batch, rows, plan.end_of_text)
+        self._widths: list[int] = []
         self._steps: list[Step] = []
         self._rows: list[NDArray[np.int64]] = []
         self._written: list[NDArray[np.int64]] = []  # [B, R] each
@@ -146,18 +160,30 @@ class Writing:
         It does as little as it can: a step of the decoder leaves nothing of ours in the CPU's cache, and each array
         operation here costs ten times what it does in a loop of its own.
         """
+        self._widths.append(step.candidate.shape[1])
+        step = self._rows_in_batch.widened(step)
         row = self._choose(step)
         chosen = step.candidate[self._utterances, row]  # [B]
         written = step.candidate if self._own else np.broadcast_to(chosen[:, None], step.candidate.shape)
         self._steps.append(step)
         self._rows.append(row)
         self._written.append(written)
-        ended = written == self._plan.end_of_text
+        wrote = self._alive
+        ended = np.equal(written, self._plan.end_of_text)
         if ended.any():
-            self._alive &= ~ended
+            self._alive = self._alive & ~ended
         if len(self._steps) >= self._shortest:
-            self._alive &= (len(self._steps) < self._limits)[:, None]
+            self._alive = self._alive & (len(self._steps) < self._limits)[:, None]
+        if self._judge is not None:
+            stops = self._judge.judge(step, written, wrote, self._alive)
+            self._pruned[stops] = len(self._steps)
+            self._alive = self._alive & ~stops
         return bool(self._alive.any())
+
+    def cut(self) -> Cut | None:
+        """The rows to go on with, if fewer are worth it or others take part in the selection."""
+        at_once = self._judge is not None and self._judge.caps
+        return self._rows_in_batch.cut(self._alive, self._pruned < 0, at_once=at_once)
 
     def _choose(self, step: Step) -> NDArray[np.int64]:
         rule = self._plan.host_rule
@@ -184,12 +210,18 @@ class Writing:
         within = np.arange(len(written))[:, None, None] < self._limits[:, None]
         ends = within & (written == self._plan.end_of_text)
         finished = ends.any(axis=0)
+        lengths = np.where(finished, ends.argmax(axis=0), self._limits[:, None])
+        if self._own:
+            stopped = self._pruned >= 0
+            finished, lengths = finished & ~stopped, np.where(stopped, self._pruned, lengths)
         return DecodedBatch(
             candidates=np.stack([step.candidate for step in self._steps]),
             logprobs=np.stack([step.logprob for step in self._steps]),
             rows=np.stack(self._rows),
-            lengths=np.where(finished, ends.argmax(axis=0), self._limits[:, None]),
+            lengths=lengths,
             finished=finished,
+            pruned=self._pruned,
             prefill_seconds=prefill_seconds,
             step_seconds=step_seconds,
+            step_rows=tuple(self._widths[1:]),
         )

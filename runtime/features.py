@@ -2,9 +2,11 @@
 
     features = LogMel(manifest.audio, manifest.dimensions.mels)
     batch = features.batch([first, second])  # float32 [2, mels, frames]
+    short = features.batch([first, second], margin=1.0)  # as many frames as the longer one and a second need
 
-The audio is padded with zeros to the model window. Most utterances are much shorter than the window, and a frame that
-sees only padding has a known value, so the transform runs over the audio alone.
+The audio is padded with zeros to the model window, or to as much of it as is asked for; the frames are the same. Most
+utterances are much shorter than the window, and a frame that sees only padding has a known value, so the transform runs
+over the audio alone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _DYNAMIC_RANGE = 8.0  # decades kept below the loudest value of the window
 _OFFSET, _SCALE = 4.0, 0.25  # to about -1 .. 1
 
 _SINGLE_THREADED = 1 << 18  # multiplications up to which OpenBLAS keeps a product on the calling thread
+_WHOLE_FRAMES = 100  # a batch with a margin has a multiple of these: engines and slots then see few lengths
 _CHUNK = 256  # frames transformed at a time: larger, and the intermediate arrays leave the CPU's cache
 
 
@@ -37,6 +40,7 @@ class LogMel:
         self._limit = front_end.window_samples
         self._hop = front_end.hop_length
         self._n_fft = front_end.n_fft
+        self._rate = front_end.sample_rate
         phase = 2 * np.pi * np.arange(self._n_fft) / self._n_fft
         self._window = (0.5 - 0.5 * np.cos(phase)).astype(np.float32)  # periodic Hann, [n_fft]
         self._filters = mel_filters(front_end, mels).astype(np.float32)  # [mels, bins]
@@ -55,12 +59,24 @@ class LogMel:
         self._write(samples, features)
         return features
 
-    def batch(self, utterances: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Features of several utterances of any lengths, float32 [n] each -> float32 [B, mels, frames]."""
-        features = np.empty((len(utterances), self.mels, self.frames), np.float32)
+    def batch(self, utterances: Sequence[NDArray[np.float32]], margin: float | None = None) -> NDArray[np.float32]:
+        """Features of several utterances of any lengths, float32 [n] each -> float32 [B, mels, frames].
+
+        Args:
+            utterances: samples as for one.
+            margin: seconds of silence that are kept behind the longest of them; None keeps the whole window.
+        """
+        frames = self.frames if margin is None else self.frames_for(max(map(len, utterances)), margin)
+        features = np.empty((len(utterances), self.mels, frames), np.float32)
         for samples, out in zip(utterances, features, strict=True):
             self._write(samples, out)
         return features
+
+    def frames_for(self, samples: int, margin: float) -> int:
+        """Frames that hold so many samples and a margin in seconds: a round number, and at most a window."""
+        behind = max(self._n_fft // 2, round(margin * self._rate))  # a frame hears half its width ahead
+        rounded = -(-(samples + behind) // (self._hop * _WHOLE_FRAMES)) * _WHOLE_FRAMES
+        return min(self.frames, rounded)
 
     def power(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Mel power of the frames that hear any audio, before logarithm and normalisation: float32 [mels, heard]."""

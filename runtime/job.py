@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from das_asr.runtime.adapter_sets import AdapterSet
-from das_asr.runtime.backends.base import Control
+from das_asr.runtime.backends.base import Control, LoadedStack
 from das_asr.runtime.contract import RULE_CODES, SUPPRESSED
 from das_asr.runtime.decoding import DecodedBatch, Plan, Prompt
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import Manifest
 from das_asr.runtime.options import DecodingOptions
+from das_asr.runtime.pruning import Pruning
 from das_asr.runtime.results import Timings, Transcription
 from das_asr.runtime.selection import HYPOTHESIS
 from das_asr.runtime.tokenizer import Tokenizer, language_code
@@ -68,8 +69,8 @@ class Job:
         ids, start = self._tokenizer.prompt(language, self._options.task, self._options.prompt, room)
         return Prompt(tuple(ids), start)
 
-    def plan(self) -> Plan:
-        """How the loop shall run."""
+    def plan(self, subset: Callable[[tuple[int, ...]], LoadedStack] | None = None) -> Plan:
+        """How the loop shall run; `subset` see `Plan`."""
         measures_silence = self._options.no_speech_threshold is not None and self._manifest.tokens.no_speech is not None
         return Plan(
             rule=self.rule,
@@ -78,6 +79,8 @@ class Job:
             max_tokens=self._options.max_tokens,
             text_positions=self._manifest.dimensions.text_positions,
             probe=self._probe if self._detect or measures_silence else None,
+            pruning=Pruning.of(self._options, self.rule),
+            subset=subset,
         )
 
     def _control(self) -> Control:

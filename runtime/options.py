@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.selection import HYPOTHESIS, SelectionRule, check_rule
 
-__all__ = ["SCORES", "DecodingOptions"]
+__all__ = ["AUDIO_CONTEXTS", "SCORES", "DecodingOptions"]
 
 SCORES = ("mean", "total", "root")
+AUDIO_CONTEXTS = ("window", "fit")
+
+_AUTO = re.compile(r"auto:([1-9][0-9]{0,2})")
+_OF_HYPOTHESIS = (
+    ("score", "mean"),
+    ("switch_cost", None),
+    ("base_bias", 0.0),
+    ("include_base", True),
+    ("prune_margin", None),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +34,8 @@ class DecodingOptions:
         task: `transcribe`, or `translate` into English.
         prompt: text that came before, or a list of words to expect; the decoder sees it as its history.
         max_tokens: limit of written tokens per hypothesis; None is what the decoder has room for.
-        adapters: which adapters decode along with the base, in this order; None is all of them.
+        adapters: which adapters decode along with the base, in this order; None is all of them. `"auto:3"` starts with
+            all and keeps the 3 most telling ones: it means `max_active_rows=4`.
         rule: a name from `selection.RULES` or a `SelectionRule`.
         tau: threshold of the rule in probability units (paper, Eq. 3); rules without a threshold ignore it.
         suppress_tokens: ids never written, on top of the checkpoint's own list.
@@ -36,13 +48,22 @@ class DecodingOptions:
         no_speech_threshold: with `logprob_threshold`, audio with a higher no-speech probability and a lower average
             log-probability is transcribed as empty. None skips the measurement, which costs one more decoder step.
         logprob_threshold: see `no_speech_threshold`.
+        audio_context: what the encoder hears: the whole `window`, as the model was trained, or with `fit` the longest
+            utterance of the batch and `audio_margin`. Less work, but not every checkpoint tolerates it: `das-bench
+            context` tells.
+        audio_margin: seconds of silence that `fit` keeps behind the audio.
+        max_active_rows: rows of an utterance that go on after `prune_after` tokens: the base and the most telling
+            adapters, see `pruning.py` for what that is. None keeps all.
+        prune_margin: with `hypothesis`, a row whose running score is further than this behind the best one stops, from
+            `prune_after` tokens on; in the unit of `score`. None keeps all.
+        prune_after: tokens; None is `PRUNE_AFTER`.
     """
 
     language: str | None = None
     task: Literal["transcribe", "translate"] = "transcribe"
     prompt: str | None = None
     max_tokens: int | None = None
-    adapters: tuple[str, ...] | None = None
+    adapters: tuple[str, ...] | str | None = None
     rule: str | SelectionRule | None = None
     tau: float | None = None
     suppress_tokens: tuple[int, ...] = ()
@@ -52,8 +73,14 @@ class DecodingOptions:
     include_base: bool = True
     no_speech_threshold: float | None = 0.6
     logprob_threshold: float = -1.0
+    audio_context: Literal["window", "fit"] = "window"
+    audio_margin: float = 1.0
+    max_active_rows: int | None = None
+    prune_margin: float | None = None
+    prune_after: int | None = None
 
     def __post_init__(self) -> None:
+        self._expand_auto()
         self._check_sequences()
         self._check_numbers()
         if self.task not in ("transcribe", "translate"):
@@ -67,12 +94,68 @@ class DecodingOptions:
                 f"logprob_threshold={self.logprob_threshold} works along with no_speech_threshold, which is None. "
                 "Give both, or neither."
             )
+        self._check_context()
+        self._check_pruning()
         if self.rule is not None:
             self.check_scoring(check_rule(self.rule))
 
+    @property
+    def margin(self) -> float | None:
+        """Seconds of silence behind the audio; None is the rest of the window."""
+        return self.audio_margin if self.audio_context == "fit" else None
+
+    @property
+    def adapter_names(self) -> tuple[str, ...] | None:
+        """Names of the adapters that begin; None is all."""
+        assert not isinstance(self.adapters, str)
+        return self.adapters
+
+    @property
+    def prunes(self) -> bool:
+        """Whether rows may stop that could still have won."""
+        return self.max_active_rows is not None or self.prune_margin is not None
+
+    def _expand_auto(self) -> None:
+        """Turns `adapters="auto:m"` into what it means."""
+        if not isinstance(self.adapters, str) or not (found := _AUTO.fullmatch(self.adapters)):
+            return
+        if self.max_active_rows is not None:
+            raise OptionError(
+                f"adapters={self.adapters!r} and max_active_rows={self.max_active_rows} both say how many rows go on. "
+                "Drop either."
+            )
+        object.__setattr__(self, "max_active_rows", int(found[1]) + 1)
+        object.__setattr__(self, "adapters", None)
+
+    def _check_pruning(self) -> None:
+        rows, margin, after = self.max_active_rows, self.prune_margin, self.prune_after
+        if rows is not None and rows < 2:
+            raise OptionError(f"max_active_rows is {rows}, expected at least 2: the base and an adapter; or None.")
+        if margin is not None and not 0 <= margin < math.inf:
+            raise OptionError(f"prune_margin is {margin}, expected a finite number of at least 0, or None.")
+        if after is not None and after < 1:
+            raise OptionError(f"prune_after is {after}, expected at least 1 token, or None.")
+        if after is not None and not self.prunes:
+            raise OptionError(
+                f"prune_after={after} says when, but nothing is pruned. Give max_active_rows or prune_margin as well."
+            )
+
+    def _check_context(self) -> None:
+        if self.audio_context not in AUDIO_CONTEXTS:
+            raise OptionError(f"audio_context is {self.audio_context!r}, expected one of {', '.join(AUDIO_CONTEXTS)}.")
+        if not 0 <= self.audio_margin < math.inf:
+            raise OptionError(f"audio_margin is {self.audio_margin}, expected seconds, 0 or more.")
+        if self.audio_margin != 1.0 and self.audio_context != "fit":
+            raise OptionError(
+                f"audio_margin={self.audio_margin} belongs to audio_context='fit', but that is "
+                f"{self.audio_context!r}. Drop either."
+            )
+
     def _check_sequences(self) -> None:
         if isinstance(self.adapters, str):
-            raise OptionError(f"adapters is {self.adapters!r}, expected several names, as in ({self.adapters!r},).")
+            raise OptionError(
+                f"adapters is {self.adapters!r}, expected several names, as in ({self.adapters!r},), or 'auto:3'."
+            )
         for name in ("adapters", "suppress_tokens"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -104,6 +187,8 @@ class DecodingOptions:
             return
         shown = repr(rule if isinstance(rule, str) else rule.name)
         source = " by the bundle's default" if self.rule is None else ""
-        for name, default in (("score", "mean"), ("switch_cost", None), ("base_bias", 0.0), ("include_base", True)):
+        if self.prunes and not isinstance(rule, str):
+            raise OptionError(f"max_active_rows is for the rules that have a name, but rule is {shown}. Drop either.")
+        for name, default in _OF_HYPOTHESIS:
             if getattr(self, name) != default:
                 raise OptionError(f"{name} belongs to rule='hypothesis', but rule is {shown}{source}. Drop either.")

@@ -18,7 +18,7 @@ class TokenProvenance:
 
     With a shared history all rows stood at the same place. With own history (`hypothesis`) entry i of `candidates` and
     `confidences` is what row i wrote into its own text at the step in which `row` wrote this token, None once that had
-    ended.
+    ended. A row that was pruned has None from then on.
     """
 
     id: int
@@ -50,7 +50,7 @@ class Hypothesis:
     tokens: tuple[int, ...]
     score: float  # what the rows are compared by
     avg_logprob: float  # over its tokens and its end-of-text
-    finished: bool  # False: cut by the length limit
+    finished: bool  # False: cut by the length limit, or pruned
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Timings:
     step_count: int
     host: float  # Python: choosing, words, results
     total: float
+    step_rows: tuple[int, ...] = ()  # rows that each of those runs had
     queue: float = 0.0  # waiting to be admitted, see `Transcriber.submit`; not in `total`
 
     @property
@@ -93,6 +94,7 @@ class Transcription:
     rows: tuple[str, ...]  # names of the rows: "base", then the adapters
     adapter: str | None  # the winner under `hypothesis`; None for a shared history or several rows' words
     hypotheses: tuple[Hypothesis, ...]  # of every row under `hypothesis`, else empty
+    pruned: tuple[int | None, ...]  # of each row, the tokens after which it was left out; empty if nothing was decoded
     timings: Timings
 
     @property

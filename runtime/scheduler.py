@@ -4,10 +4,10 @@
     future = scheduler.submit(request)
     transcription = future.result()
 
-Requests with the same adapters share a lane: one run of the decoder per step, whatever their ages, prompts, rules and
-limits. Lanes take turns, a step each. Requests are admitted in the order they came, as places become free, and one
-between two steps: so nobody waits for the encoder more than once per token. A request that is cancelled, or whose
-deadline passes, leaves at the next step. While there is nothing to do the thread sleeps.
+Requests with the same adapters and encoder context share a lane: one run of the decoder per step, whatever their ages,
+prompts, rules and limits. Lanes take turns, a step each. Requests are admitted in the order they came, as places become
+free, and one between two steps: so nobody waits for the encoder more than once per token. A request that is cancelled,
+or whose deadline passes, leaves at the next step. While there is nothing to do the thread sleeps.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from das_asr.runtime.errors import ClosedError, DeadlineError, OptionError, Queu
 from das_asr.runtime.results import Transcription
 
 __all__ = ["Request", "Scheduler", "SchedulerOptions", "Stages"]
+
+_Key = tuple[int, tuple[int, ...]]  # of a lane: which stack, and the shape of the features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Request:
     """One utterance on its way.
 
     Attributes:
-        features: log-mel f32 [mels, frames].
+        features: log-mel f32 [mels, frames]; those with the same number of frames can share a lane.
         stack: of the rows that decode it.
         plan: how to decode; its control is that of a batch of one.
         prompts: the one prompt.
@@ -170,7 +172,7 @@ class Scheduler:
             thread.join()
 
     def _serve(self) -> None:
-        lanes: dict[int, _Lane] = {}
+        lanes: dict[_Key, _Lane] = {}
         try:
             while self._wait(busy=bool(lanes)):
                 if sum(len(lane.live) for lane in lanes.values()) < self._options.max_batch:
@@ -189,22 +191,23 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._queue or self._closing)
             return busy or bool(self._queue)
 
-    def _admit(self, lanes: dict[int, _Lane]) -> None:
+    def _admit(self, lanes: dict[_Key, _Lane]) -> None:
         """Gives the oldest request that somebody waits for a place in its lane."""
         with self._changed:
             self._drop_gone()
             if not self._queue:
                 return
             request = self._queue.popleft()
-        lane = lanes.get(id(request.stack))
+        key = id(request.stack), request.features.shape
+        lane = lanes.get(key)
         if lane is None:
-            lane = lanes[id(request.stack)] = _Lane(self._backend, request.stack, self._options.max_batch)
+            lane = lanes[key] = _Lane(self._backend, request.stack, self._options.max_batch)
         lane.admit(request)
 
     def _drop_gone(self) -> None:
         self._queue = deque(waiting for waiting in self._queue if not waiting.gone())
 
-    def _break(self, error: BaseException, lanes: dict[int, _Lane]) -> None:
+    def _break(self, error: BaseException, lanes: dict[_Key, _Lane]) -> None:
         """Nobody must wait for a thread that is gone."""
         with self._changed:
             self._closing = True

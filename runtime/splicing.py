@@ -7,23 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from das_asr.runtime.decoding import DecodedBatch
 from das_asr.runtime.options import DecodingOptions
+from das_asr.runtime.scores import token_values
 from das_asr.runtime.tokenizer import Tokenizer
 from das_asr.runtime.word_paths import Piece, align_rows, best_path
 
-__all__ = ["splice", "token_values", "word_key"]
+__all__ = ["splice", "word_key"]
 
 _END = "\n"  # key of the last piece; no word is a line break
-
-
-def token_values(logprobs: NDArray[np.float32], score: str) -> NDArray[np.float64]:
-    """What each token adds to a score: its log-probability, or for `root` the negated root of its surprisal."""
-    values: NDArray[np.float64] = np.minimum(logprobs.astype(np.float64), 0.0)
-    return -np.sqrt(-values) if score == "root" else values
 
 
 def word_key(word: str) -> str:

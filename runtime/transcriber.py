@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.runtime.adapter_sets import AdapterSets
+from das_asr.runtime.adapter_sets import AdapterSet, AdapterSets
 from das_asr.runtime.audio import AudioInput, check_duration, is_silent, load_audio
 from das_asr.runtime.backends import BackendOptions, create_backend
-from das_asr.runtime.backends.base import Backend, LoadedStack
+from das_asr.runtime.backends.base import Backend
 from das_asr.runtime.clock import Clock
-from das_asr.runtime.decoding import DecodedBatch, Plan, Prompt, decode
-from das_asr.runtime.errors import BundleError, ClosedError, OptionError
+from das_asr.runtime.decoding import DecodedBatch, decode
+from das_asr.runtime.errors import BackendError, BundleError, ClosedError, OptionError
 from das_asr.runtime.features import LogMel
 from das_asr.runtime.job import Job
 from das_asr.runtime.manifest import Manifest, check_files, read_manifest
@@ -191,6 +191,11 @@ class Transcriber:
         chosen = _options(options, choices)
         if deadline is not None and not deadline > 0:
             raise OptionError(f"deadline is {deadline}, expected seconds above 0, or None.")
+        if chosen.prunes:
+            raise OptionError(
+                "`submit` does not prune: its rows are shared with other requests. Leave out max_active_rows, "
+                "prune_margin and adapters='auto:...', or use `transcribe`."
+            )
         with self._in_use():
             ends = None if deadline is None else perf_counter() + deadline
             clock = Clock()
@@ -198,18 +203,18 @@ class Transcriber:
             samples = load_audio(audio, sample_rate, target_rate=rate)
             check_duration(samples, self.manifest.audio)
             clock.lap("audio")
-            adapters = self._adapters.get(chosen.adapters)
+            adapters = self._adapters.get(chosen.adapter_names)
             job = Job(self.manifest, self._tokenizer, adapters, chosen, 1)
             duration = len(samples) / rate
             if is_silent(samples):
                 silent: Future[Transcription] = Future()
                 silent.set_result(job.silence(duration, clock.stop(duration)))
                 return silent
-            features = self._features.batch([samples])[0]
+            features = self._features.batch([samples], chosen.margin)[0]
             clock.lap("features")
 
             def finish(decoded: DecodedBatch, stages: Stages) -> Transcription:
-                clock.served(stages)
+                clock.served(stages, decoded)
                 return job.result(job.transcript(decoded, 0), 0, duration, clock.stop(duration))
 
             request = Request(features, adapters.loaded, job.plan(), job.prompts(), finish, ends)
@@ -275,14 +280,17 @@ class Transcriber:
 
     def _run(self, samples: list[Samples], options: DecodingOptions, clock: Clock) -> list[Transcription]:
         """Decodes what can be heard in one batch, and puts digital silence back in its place as empty results."""
-        adapters = self._adapters.get(options.adapters)
+        if options.prunes and not self._backend.prunes:
+            raise BackendError(
+                "Rows can be pruned on the CPU only with this backend. Leave out max_active_rows, prune_margin and "
+                "adapters='auto:...', or load with device='cpu'."
+            )
+        adapters = self._adapters.get(options.adapter_names)
         audible = [index for index, utterance in enumerate(samples) if not is_silent(utterance)]
         job = Job(self.manifest, self._tokenizer, adapters, options, len(audible))
         transcripts: dict[int, Transcript] = {}
         if audible:
-            decoded = self._decode(
-                [samples[index] for index in audible], adapters.loaded, job.plan(), job.prompts(), clock
-            )
+            decoded = self._decode([samples[index] for index in audible], options.margin, adapters, job, clock)
             transcripts = {index: job.transcript(decoded, place) for place, index in enumerate(audible)}
         seconds = [len(utterance) / self.manifest.audio.sample_rate for utterance in samples]
         timings = clock.stop(sum(seconds))
@@ -294,15 +302,16 @@ class Transcriber:
         ]
 
     def _decode(
-        self, samples: list[Samples], stack: LoadedStack, plan: Plan, prompts: list[Prompt], clock: Clock
+        self, samples: list[Samples], margin: float | None, adapters: AdapterSet, job: Job, clock: Clock
     ) -> DecodedBatch:
         """Features, encoder, loop."""
         clock.lap(None)
-        features = self._features.batch(samples)
+        features = self._features.batch(samples, margin)
         clock.lap("features")
-        encoded = self._backend.encode(features, stack)
+        encoded = self._backend.encode(features, adapters.loaded)
         clock.lap("encoder")
-        decoded = decode(self._backend.start(encoded, stack, plan.control), prompts, plan)
+        plan = job.plan(functools.partial(self._adapters.subset, adapters) if self._backend.prunes else None)
+        decoded = decode(self._backend.start(encoded, adapters.loaded, plan.control), job.prompts(), plan)
         clock.decoded(decoded)
         return decoded
 

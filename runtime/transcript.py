@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from das_asr.runtime.decoding import DecodedBatch
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.results import Hypothesis, TokenProvenance, Word
-from das_asr.runtime.splicing import splice, token_values
+from das_asr.runtime.scores import text_score, token_values
+from das_asr.runtime.splicing import splice
 from das_asr.runtime.tokenizer import Tokenizer
 from das_asr.runtime.tokenizer import Word as TextWord
 
@@ -34,11 +36,12 @@ class Transcript:
     finished: bool
     adapter: str | None
     hypotheses: tuple[Hypothesis, ...]
+    pruned: tuple[int | None, ...]  # of each row, the tokens after which it stopped
 
 
 def empty_transcript(avg_logprob: float) -> Transcript:
     """No speech."""
-    return Transcript("", (), (), (), avg_logprob, finished=True, adapter=None, hypotheses=())
+    return Transcript("", (), (), (), avg_logprob, finished=True, adapter=None, hypotheses=(), pruned=())
 
 
 def compression_ratio(text: str) -> float:
@@ -65,6 +68,7 @@ def read_shared_history(
         finished=finished,
         adapter=None,
         hypotheses=(),
+        pruned=_pruned(decoded, index),
     )
 
 
@@ -79,9 +83,11 @@ def read_own_histories(
     """Utterance `index` of a batch in which every row wrote its own text.
 
     The best score wins, ties go to the lowest row; with a `switch_cost` it is the best path through the rows' texts.
+    Rows that were pruned take no part.
     """
     hypotheses = tuple(_hypothesis(decoded, index, row, names, tokenizer, options) for row in range(len(names)))
-    eligible = range(0 if options.include_base else 1, len(names))
+    first = 0 if options.include_base else 1
+    eligible = [row for row in range(first, len(names)) if decoded.pruned[index, row] < 0]
     winner = max(eligible, key=lambda row: hypotheses[row].score)
     path = _whole(decoded, index, winner)
     if options.switch_cost is not None:
@@ -101,7 +107,12 @@ def read_own_histories(
         finished=finished,
         adapter=provenance[0].adapter if len({token.row for token in provenance}) == 1 else None,
         hypotheses=hypotheses,
+        pruned=_pruned(decoded, index),
     )
+
+
+def _pruned(decoded: DecodedBatch, index: int) -> tuple[int | None, ...]:
+    return tuple(None if tokens < 0 else tokens for tokens in decoded.pruned[index].tolist())
 
 
 def _whole(decoded: DecodedBatch, index: int, row: int) -> list[tuple[int, int]]:
@@ -110,19 +121,25 @@ def _whole(decoded: DecodedBatch, index: int, row: int) -> list[tuple[int, int]]
 
 
 def _shared_token(decoded: DecodedBatch, step: int, index: int, row: int, names: Sequence[str]) -> TokenProvenance:
-    candidates, logprobs = decoded.candidates[step, index].tolist(), decoded.logprobs[step, index].tolist()
-    confidences = tuple(map(math.exp, logprobs))
-    return TokenProvenance(candidates[row], names[row], row, logprobs[row], tuple(candidates), confidences)
+    pruned = decoded.pruned[index]
+    return _token(decoded, step, index, row, names, live=(pruned < 0) | (step < pruned))
 
 
 def _own_token(decoded: DecodedBatch, step: int, index: int, winner: int, names: Sequence[str]) -> TokenProvenance:
+    live = step < decoded.lengths[index] + decoded.finished[index]
+    return _token(decoded, step, index, winner, names, live=live)
+
+
+def _token(
+    decoded: DecodedBatch, step: int, index: int, row: int, names: Sequence[str], *, live: NDArray[np.bool_]
+) -> TokenProvenance:
+    """What `row` wrote at a step, beside what the live rows [R] would have written."""
     candidates, logprobs = decoded.candidates[step, index].tolist(), decoded.logprobs[step, index].tolist()
-    live = (step < decoded.lengths[index] + decoded.finished[index]).tolist()
     return TokenProvenance(
-        id=candidates[winner],
-        adapter=names[winner],
-        row=winner,
-        logprob=logprobs[winner],
+        id=candidates[row],
+        adapter=names[row],
+        row=row,
+        logprob=logprobs[row],
         candidates=tuple(token if writes else None for token, writes in zip(candidates, live, strict=True)),
         confidences=tuple(math.exp(value) if writes else None for value, writes in zip(logprobs, live, strict=True)),
     )
@@ -137,7 +154,7 @@ def _hypothesis(
     tokens = tuple(decoded.candidates[:length, index, row].tolist())
     bias = options.base_bias if row == 0 else 0.0
     total = float(np.sum(token_values(logprobs, options.score), dtype=np.float64))
-    score = (total if options.score == "total" else total / max(len(logprobs), 1)) + bias
+    score = text_score(total, max(len(logprobs), 1), options.score) + bias
     mean = float(np.sum(logprobs, dtype=np.float64)) / max(len(logprobs), 1)
     return Hypothesis(names[row], tokenizer.decode(tokens).strip(), tokens, score, mean, finished)
 

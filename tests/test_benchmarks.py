@@ -21,6 +21,7 @@ from das_asr.benchmarks import machine, models, report
 from das_asr.benchmarks.audio import window_audio
 from das_asr.benchmarks.baselines import MixedBatch, SequentialDecodes, SequentialLora, TransformersGenerate
 from das_asr.benchmarks.bundles import bundle_for
+from das_asr.benchmarks.kinds import read_results
 from das_asr.benchmarks.memory import measure_memory, peak_memory
 from das_asr.benchmarks.rtf import agreement, interleave
 from das_asr.benchmarks.systems import Work, open_system, system_names
@@ -348,7 +349,7 @@ def test_rtf_command_measures_in_its_own_process(exported: Work, tmp_path: Path)
     assert json.loads(done.stdout.splitlines()[-1]) == {"output": str(output), "runs": 7}
     # The same adapters, drawn again, so the same bundle is used again.
     assert list(cache.glob("bundles/*-k2-*")) == [exported.bundle]
-    (result,) = report.read_results([output])
+    (result,) = read_results([output])
     assert all(run["agreement"]["equal"] == 5 and run["repeatable"] for run in result["runs"])
     assert result["free_running"]["files"] == 2
     assert result["free_running"]["audio_seconds"] == 2

@@ -376,8 +376,10 @@ def decoded_texts(
         rows=np.zeros((steps, 1), np.int64),
         lengths=np.array([[len(line) for line in ids]]),
         finished=np.array([[row not in unfinished for row in range(len(ids))]]),
+        pruned=np.full((1, len(ids)), -1),
         prefill_seconds=0.0,
         step_seconds=(),
+        step_rows=(),
     )
 
 
@@ -516,6 +518,8 @@ def test_an_empty_text_reads_as_one() -> None:
 
 class ScriptedBackend:
     """A backend without graphs."""
+
+    prunes = False
 
     def __init__(self, told: Script) -> None:
         self.script = told

@@ -198,7 +198,8 @@ def test_shape_inference_finds_every_shape(exported: Exported, name: str) -> Non
 
 def decoder_feeds(exported: Exported, rows: int, random: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Random inputs of a prefill of two utterances, without the adapters."""
-    sizes = {"batch": 2, "rows": rows, "new": 3, "past": 0, "rank": exported.stack.rank}
+    audio = exported.dims.audio_positions
+    sizes = {"batch": 2, "rows": rows, "new": 3, "past": 0, "audio": audio, "rank": exported.stack.rank}
     known = {spec.name for spec in cross_specs(exported.dims)} | {past for past, _ in cache_names(exported.dims)}
     feeds: dict[str, NDArray[Any]] = {
         spec.name: random.standard_normal([sizes.get(dim, dim) for dim in spec.shape]).astype(np.float32)  # type: ignore[arg-type]

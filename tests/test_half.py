@@ -298,7 +298,7 @@ def test_loud_hidden_states_in_the_encoder(loud: Exported) -> None:
 
 def test_loud_hidden_states_in_the_decoder(loud: Exported) -> None:
     random = np.random.default_rng(0)
-    sizes = {"batch": 1, "rows": ROWS, "rank": 4}
+    sizes = {"batch": 1, "rows": ROWS, "audio": loud.dims.audio_positions, "rank": 4}
     cross = {
         spec.name: random.standard_normal([sizes.get(str(size), size) for size in spec.shape]).astype(np.float16)  # type: ignore[arg-type]
         for spec in encoder_outputs(loud.dims)

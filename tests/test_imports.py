@@ -69,6 +69,7 @@ AT_MODULE_LEVEL = {
     "benchmarks/gpu/floor.py": {"torch"},
     "benchmarks/gpu/pytorch.py": {"torch"},
     "benchmarks/lora.py": {"torch"},
+    "benchmarks/peers/openai.py": {"torch"},
     "benchmarks/torchloop.py": {"torch"},
 }
 
@@ -86,7 +87,9 @@ LIGHT_COMMANDS = [
     "das-train base",
     "das-bench",
     "das-bench rtf",
+    "das-bench peers",
     "das-bench wer",
+    "das-bench prune",
 ]
 HELP_SECONDS = 2.0  # of processor time: other work on the machine must not decide this
 

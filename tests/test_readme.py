@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from das_asr.benchmarks.report import read_results, render_rtf_table, replace_between_markers
+from das_asr.benchmarks.kinds import KINDS, read_results
+from das_asr.benchmarks.report import replace_between_markers
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -165,9 +166,11 @@ def test_the_first_example_runs(demo_bundle: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == shown
 
 
-def test_the_table_is_what_was_measured() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_is_what_was_measured(kind: str) -> None:
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    paths = [path for path in paths if json.loads(path.read_text("utf-8")).get("kind") == "rtf"]
-    assert paths, "no results of `das-bench rtf` in benchmarks/results"
-    text = README.read_text("utf-8")
-    assert replace_between_markers(text, render_rtf_table(read_results(paths))) == text
+    paths = [path for path in paths if json.loads(path.read_text("utf-8")).get("kind") == kind]
+    text, markers = README.read_text("utf-8"), KINDS[kind].markers
+    assert bool(paths) == (markers[0] in text), f"results of `das-bench {kind}` and a place for them go together"
+    if paths:
+        assert replace_between_markers(text, KINDS[kind].table(read_results(paths)), markers) == text

@@ -52,6 +52,7 @@ CALLS = [
     {"rule": Surest()},
     {"no_speech_threshold": None},
     {"prompt": "the weather today"},
+    {"audio_context": "fit"},
     {"max_tokens": 3},
 ]
 

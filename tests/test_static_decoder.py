@@ -53,7 +53,7 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> Decoders:
     stack = stack_adapters(adapters, dims)
     write_graphs(checkpoint, dims, stack, folder, {})
     random = np.random.default_rng(0)
-    sizes = {"batch": len(PROMPTS), "rows": ROWS, "rank": stack.rank}
+    sizes = {"batch": len(PROMPTS), "rows": ROWS, "audio": dims.audio_positions, "rank": stack.rank}
     shapes = {spec.name: [sizes.get(str(size), size) for size in spec.shape] for spec in cross_specs(dims)}
     cross = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}  # type: ignore[arg-type]
     ids = [random.integers(dims.vocabulary, size=(ROWS, length + STEPS)) for length in PROMPTS]

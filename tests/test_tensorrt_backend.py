@@ -164,6 +164,7 @@ class Engine:
         sizes: dict[str, int] = {}
         for name, spec in self.inputs.items():
             sizes |= {str(key): size for key, size in zip(spec.shape, shapes[name], strict=True)}
+        sizes |= {"audio": sizes["frames"] // 2} if "frames" in sizes else {}
         tensors = {}
         for name, spec in (self.inputs | self.outputs).items():
             shape = tuple(int(sizes.get(str(size), size)) for size in spec.shape)
@@ -222,7 +223,7 @@ def test_engines_write_what_the_graphs_write(
     opened = open_engines(bundle, tmp_path, cuda_graphs=cuda_graphs)
     clips = [path for path, _, _ in demo_audio[:4]]
     with opened.transcriber as transcriber:
-        for choice in ({"rule": "hypothesis"}, {"rule": "paper"}, {"adapters": ("sports",)}):
+        for choice in ({"rule": "hypothesis"}, {"rule": "paper"}, {"adapters": ("sports",), "audio_context": "fit"}):
             assert texts(transcriber.transcribe_batch(clips, **choice)) == texts(
                 growing.transcribe_batch(clips, **choice)
             )
@@ -245,7 +246,7 @@ def test_engines_on_the_memory_of_a_gpu(
     clips = [path for path, _, _ in demo_audio[:4]]
     opened = open_engines(bundle, tmp_path, cuda_graphs=True, gpu=gpu)
     with opened.transcriber as transcriber:
-        for choice in ({"rule": "hypothesis"}, {"rule": "paper"}, {"adapters": ("sports",)}):
+        for choice in ({"rule": "hypothesis"}, {"rule": "paper"}, {"adapters": ("sports",), "audio_context": "fit"}):
             assert texts(transcriber.transcribe_batch(clips, **choice)) == texts(
                 growing.transcribe_batch(clips, **choice)
             )

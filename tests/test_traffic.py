@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from das_asr.runtime import Transcriber
+from das_asr.runtime import Transcriber, Transcription
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, DecodingBatch, Encoded, LoadedStack, Step, Traffic
 from das_asr.runtime.backends.onnxruntime import Binding, OnnxRuntimeBackend, OnnxRuntimeBatch
@@ -39,6 +39,7 @@ class Keeping:
     def __init__(self, backend: OnnxRuntimeBackend, wrap: Callable[[OnnxRuntimeBatch], DecodingBatch]) -> None:
         self._backend, self._wrap = backend, wrap
         self.batches: list[DecodingBatch] = []
+        self.prunes = False  # all rows stay: a step's bytes are then known before it runs
         self.load_stack, self.encode, self.close = backend.load_stack, backend.encode, backend.close
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> DecodingBatch:
@@ -76,8 +77,8 @@ class MostConfident:
         return step.logprobs.argmax(axis=1)
 
 
-def run(transcriber: Transcriber, clips: list[Path], **options: Any) -> None:
-    transcriber.transcribe_batch(clips, **{"no_speech_threshold": None, "language": "en"} | options)
+def run(transcriber: Transcriber, clips: list[Path], **options: Any) -> list[Transcription]:
+    return transcriber.transcribe_batch(clips, **{"no_speech_threshold": None, "language": "en"} | options)
 
 
 # --- The bound ---
@@ -104,6 +105,21 @@ def test_a_rule_on_the_host_adds_the_ids_it_chose(
     assert backend.steps
     for traffic in backend.steps:
         assert traffic.to_device | traffic.to_host == step_bytes(1, ROWS, host_rule=True)
+
+
+def test_rows_that_have_left_the_batch_move_nothing(
+    demo: tuple[Transcriber, Keeping], demo_audio: list[tuple[Path, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcriber, backend = demo
+    monkeypatch.setattr(backend, "prunes", True)
+    for path, _, _ in demo_audio:
+        rows = run(transcriber, [path])[0].timings.step_rows
+        for traffic, before, now in zip(backend.steps, (ROWS, *rows), rows, strict=False):
+            mask = {} if now == before else {"row_mask": now}
+            assert traffic.to_device | traffic.to_host == step_bytes(1, now) | mask
+        if rows[-1] < ROWS:
+            return
+    pytest.fail("no row left early in any clip")
 
 
 def test_a_smaller_set_of_adapters_moves_less(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from das_asr.runtime import DecodingOptions, OptionError
 from das_asr.runtime.decoding import DecodedBatch
-from das_asr.runtime.splicing import token_values, word_key
+from das_asr.runtime.scores import token_values
+from das_asr.runtime.splicing import word_key
 from das_asr.runtime.tokenizer import Tokenizer, special_tokens
 from das_asr.runtime.transcript import Transcript, read_own_histories
 from das_asr.runtime.word_paths import Column, Piece, align_rows, best_path
@@ -173,8 +174,10 @@ def read(tokenizer: Tokenizer, rows: Sequence[Row], unfinished: Sequence[int] = 
         rows=np.zeros((steps, 1), np.int64),
         lengths=np.array([[len(line) for line in ids]]),
         finished=np.array([[row not in unfinished for row in range(len(rows))]]),
+        pruned=np.full((1, len(rows)), -1),
         prefill_seconds=0.0,
         step_seconds=(),
+        step_rows=(),
     )
     return read_own_histories(decoded, 0, NAMES, tokenizer, "en", DecodingOptions(rule="hypothesis", **options))
 

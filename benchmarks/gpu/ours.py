@@ -57,7 +57,8 @@ class OurSystem:
         dims = self._manifest.dimensions
         adapters = [read_adapter(folder, folder.name, dims) for folder in task.adapters]
         names = tuple(adapter.name for adapter in adapters)
-        self._adapters = AdapterSet(names, self._backend.load_stack(stack_adapters(adapters, dims)))
+        stack = stack_adapters(adapters, dims)
+        self._adapters = AdapterSet(names, self._backend.load_stack(stack), stack)
         self._tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", self._manifest.tokens)
 
     def transcribe(self, features: NDArray[np.float32], tokens: int) -> list[list[int]]:

@@ -93,6 +93,16 @@ class DecodingBatch(Protocol):
         """
         ...
 
+    def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
+        """Leaves out all rows but some, for all runs to come; only where `Backend.prunes`.
+
+        Args:
+            places: int64 [R'], where they are among the rows of the run before, ascending; row 0 is among them.
+            row_mask: bool [B, R'], takes the place of `Control.row_mask`.
+            stack: their adapters, of the same rank as the batch was started with.
+        """
+        ...
+
 
 class Slots(Protocol):
     """Utterances of different age in the decoder; they join and leave between any two runs."""
@@ -121,12 +131,21 @@ class Slots(Protocol):
 class Backend(Protocol):
     """The compiled graphs of one bundle on one device."""
 
+    @property
+    def prunes(self) -> bool:
+        """Whether rows that are not needed leave a batch; where they cost less than a copy of the caches, they stay."""
+        ...
+
     def load_stack(self, stack: Stack | None) -> LoadedStack:
         """Puts adapters on the device; None is the stack that the graphs carry."""
         ...
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
-        """Runs the encoder on features [B, mels, frames]."""
+        """Runs the encoder on features [B, mels, frames] of a window or its beginning.
+
+        Raises:
+            BundleError: the encoder takes whole windows only, and these are shorter.
+        """
         ...
 
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> DecodingBatch:

@@ -55,7 +55,10 @@ def _sizes(manifest: Manifest, limits: EngineLimits) -> dict[str, tuple[int, int
     """Every symbolic dimension; the usual utterance comes alone, with the bundle's own adapters."""
     rows = (1, min(manifest.rows, limits.max_rows), limits.max_rows)
     rank = max((entry.rank for entry in manifest.adapters), default=1)
+    dims = manifest.dimensions
     return {
+        "frames": (2, dims.frames, dims.frames),
+        "audio": (1, dims.audio_positions, dims.audio_positions),
         "batch": (1, 1, limits.max_batch),
         "rows": rows,
         "lanes": (1, rows[1], limits.max_batch * limits.max_rows),

@@ -25,11 +25,12 @@ from das_asr.runtime.contract import (
     DECODER_FILE,
     ENCODER_FILE,
     cache_names,
+    cross_specs,
     decoder_inputs,
     encoder_inputs,
     encoder_outputs,
 )
-from das_asr.runtime.errors import BackendError
+from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Dimensions, Manifest
 
 __all__ = ["Binding", "OnnxRuntimeBackend", "OnnxRuntimeBatch", "OnnxRuntimeSlots"]
@@ -66,6 +67,10 @@ class Binding:
         self._held[name] = value  # on the CPU it may be a view of an array that only this object keeps alive
         self._binding.bind_ortvalue_input(name, value)
 
+    def take(self, name: str, places: NDArray[np.int64]) -> None:
+        """Binds some rows of the tensor [B, R, ...] that is bound now, in memory of their own."""
+        self.connect(name, _rows(self._held[name], places))
+
     def run(self, device_outputs: Sequence[str], host_outputs: Sequence[str]) -> tuple[list[Any], list[NDArray[Any]]]:
         """Runs the graph: (tensors that stay on the device, copies of those the host asked for)."""
         self._binding.clear_binding_outputs()
@@ -94,16 +99,28 @@ class Binding:
 class OnnxRuntimeBackend:
     """`encoder.onnx` and `decoder.onnx` on the CPU."""
 
-    def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
+    def __init__(
+        self, directory: Path, manifest: Manifest, options: BackendOptions, *, profiles: Path | None = None
+    ) -> None:
+        """Loads the graphs of a precision; with a folder for `profiles` the engine writes one of each graph there."""
         self._dims = manifest.dimensions
         self._rows = manifest.rows
         pages = HugePages() if options.huge_pages else None
-        self._encoder = open_session(directory / ENCODER_FILE, options, {CPU: {}})
-        self._decoder = open_session(directory / DECODER_FILE, options, {CPU: {}})
+        self._encoder, self._decoder = (
+            open_session(path, options, {CPU: {}}, profile=None if profiles is None else str(profiles / path.stem))
+            for path in (directory / ENCODER_FILE, directory / DECODER_FILE)
+        )
         self._dtype = _cache_type(self._decoder)
+        # A number in bundles whose encoder takes nothing else, a symbol in those that take less.
+        self._window = next(given.shape[2] for given in self._encoder.get_inputs() if given.name == "features")
         self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
         if pages is not None:
             pages.advise()
+
+    @property
+    def prunes(self) -> bool:
+        """Yes: on a CPU a row costs more than a copy of the caches."""
+        return True
 
     def load_stack(self, stack: Stack | None) -> LoadedStack:
         """Puts adapters on the device; None is the stack that the graphs carry, which needs no memory of its own."""
@@ -114,6 +131,7 @@ class OnnxRuntimeBackend:
 
     def encode(self, features: NDArray[np.float32], stack: LoadedStack) -> Encoded:
         """Runs the encoder on features [B, mels, frames]; its outputs stay on the device."""
+        self._check_frames(features.shape[2])
         if self._alone and features.shape[0] > 1:
             return self._joined([self.encode(features[index : index + 1], stack) for index in range(len(features))])
         binding = Binding(self._encoder, *_HOST)
@@ -122,6 +140,14 @@ class OnnxRuntimeBackend:
         names = [spec.name for spec in encoder_outputs(self._dims)]
         tensors, _ = binding.run(names, ())
         return Encoded(features.shape[0], dict(zip(names, tensors, strict=True)))
+
+    def _check_frames(self, frames: int) -> None:
+        window = self._window
+        if isinstance(window, int) and frames != window:
+            raise BundleError(
+                f"This bundle's encoder takes whole windows of {window} frames, not {frames}. Export it again, or "
+                "leave audio_context at 'window'."
+            )
 
     def _joined(self, parts: Sequence[Encoded]) -> Encoded:
         """Utterances that were encoded one by one as a batch."""
@@ -141,7 +167,7 @@ class OnnxRuntimeBackend:
             binding.place(name, array)
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
         empty = _to_device(np.zeros(shape, self._dtype), *_HOST)
-        return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty))
+        return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty), self._dims)
 
     def open_slots(self, stack: LoadedStack, capacity: int) -> OnnxRuntimeSlots:
         """Slots in host memory; see `base.Backend`."""
@@ -158,8 +184,8 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeBatch:
     """B utterances in the decoder; see `base.DecodingBatch`."""
 
-    def __init__(self, binding: Binding, cache: GrowingCache) -> None:
-        self._binding, self.cache = binding, cache
+    def __init__(self, binding: Binding, cache: GrowingCache, dims: Dimensions) -> None:
+        self._binding, self.cache, self._dims = binding, cache, dims
         self._next_ids: Any = None
         self.traffic: list[Traffic] = []
 
@@ -181,6 +207,16 @@ class OnnxRuntimeBatch:
         self.cache.advance(kept)
         self.traffic.append(self._binding.take_traffic())
         return step
+
+    def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
+        """Copies the rows that stay; see `base.DecodingBatch`."""
+        for spec in cross_specs(self._dims):
+            if "rows" in spec.shape:
+                self._binding.take(spec.name, places)
+        _connect(self._binding, stack.tensors, [spec.name for spec in decoder_inputs(self._dims)])
+        self.cache.advance([_rows(value, places) for value in self.cache.values])
+        self._next_ids = _rows(self._next_ids, places)
+        self._binding.place("row_mask", row_mask)
 
 
 class OnnxRuntimeSlots:
@@ -244,6 +280,11 @@ def _cache_type(decoder: Any) -> np.dtype[Any]:
 def _to_device(array: NDArray[Any], device: str, device_id: int) -> Any:
     """A host array as a tensor of the device; on the CPU it may share the array's memory."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, device_id)
+
+
+def _rows(value: Any, places: NDArray[np.int64]) -> Any:
+    """Some rows of a tensor [B, R, ...] in host memory."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy().take(places, axis=1))
 
 
 def _trim_heap() -> None:

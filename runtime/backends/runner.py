@@ -75,7 +75,7 @@ class Runner:
         self._decoder, self._adapters = decoder, adapters
         self._slots = workspace.dims.text_positions
         self._boxes = cycle(workspace.boxes)
-        self._steps: dict[tuple[int, int], Bound] = {}  # (utterances, attended slots) -> graph for one new token
+        self._steps: dict[tuple[int, int, int], Bound] = {}  # (utterances, attended slots, audio) -> one new token
 
     def control(self, values: Mapping[str, NDArray[np.generic]], place: int) -> None:
         """Writes the control values [n, ...] of utterances from a place on."""
@@ -113,6 +113,7 @@ class Runner:
 
     def adopt(self, place: int, other: Runner, origin: int) -> None:
         """Copies an utterance, caches and control values included, from a place of another runner, or of this one."""
+        self.workspace.audio = other.workspace.audio  # of all utterances that share a workspace
         targets = self.workspace.utterance(place)
         for name, source in other.workspace.utterance(origin).items():
             self.memory.copy(targets[name], source)
@@ -135,7 +136,7 @@ class Runner:
     def _bound(self, count: int, width: int, attended: int) -> Bound:
         if width > 1:
             return self._bind(count, width, attended, repeated=False)
-        key = (count, attended)
+        key = (count, attended, self.workspace.audio)
         if key not in self._steps:
             self._steps[key] = self._bind(count, 1, attended, repeated=True)
         return self._steps[key]

@@ -109,6 +109,11 @@ class StaticBackend:
         self._memory, self._graphs, self._dims, self._carried = memory, graphs, dims, carried
         self._lock = DeviceLock(memory)
 
+    @property
+    def prunes(self) -> bool:
+        """No: on a GPU a row costs less than a copy of the caches."""
+        return False
+
     def load_stack(self, stack: Stack | None) -> StaticStack:
         """Puts adapters on the device."""
         wanted = self._carried if stack is None else stack
@@ -128,6 +133,7 @@ class StaticBackend:
         with self._lock:
             lease = stack.pool.lease(count)
             workspace = lease.runner.workspace
+            workspace.audio = features.shape[2] // 2
             self._memory.write(workspace.tensor("features", count), features)
             runs = [(index, 1) for index in range(count)] if self._graphs.alone else [(0, count)]
             for first, size in runs:
@@ -221,6 +227,10 @@ class StaticBatch:
         self._first_traffic = {}
         self.traffic.append(turn.traffic)
         return dataclasses.replace(turn.outcome(), logits=fetched)
+
+    def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
+        """Never asked for; see `StaticBackend.prunes`."""
+        raise NotImplementedError
 
 
 class StaticSlots:

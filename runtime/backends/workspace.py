@@ -41,6 +41,7 @@ class Workspace:
         places: utterances that fit.
         rows: R.
         dims: of the graphs.
+        audio: encoder positions S that are in use, at most those of a window; the same for all utterances.
         inbox: what the host sends before each run.
         outbox: what it receives after it.
         boxes: for that; each carries the tensors of one run.
@@ -48,7 +49,9 @@ class Workspace:
 
     def __init__(self, memory: Memory, dims: Dimensions, dtype: DType, places: int, rows: int, rank: int) -> None:
         self.places, self.rows, self.dims = places, rows, dims
+        self.audio = dims.audio_positions
         sizes = {"batch": places, "rows": rows, "lanes": places * rows, "rank": rank, "new": dims.text_positions}
+        sizes |= {"audio": dims.audio_positions, "frames": dims.frames}
         specs = {spec.name: spec for spec in _specs(dims, dtype)}
         shapes = {
             name: tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
@@ -62,6 +65,7 @@ class Workspace:
         self._buffers |= inside | outside
         self.boxes = [memory.mailbox(self.inbox.nbytes, self.outbox.nbytes) for _ in range(_BOXES)]
         self._lanes = {past for past, _ in cache_names(dims)}
+        self._audio = {name: spec.shape for name, spec in specs.items() if {"audio", "frames"} & set(spec.shape)}
 
     def inputs(self, count: int, width: int) -> dict[str, Buffer]:
         """The decoder's inputs and outputs for `width` new tokens of the first `count` utterances, by their names."""
@@ -96,7 +100,12 @@ class Workspace:
 
     def _part(self, name: str, first: int, count: int) -> Buffer:
         lanes = self.rows if name in self._lanes else 1
-        return self._buffers[name].part(first * lanes, count * lanes)
+        buffer = self._buffers[name]
+        if name in self._audio:  # shorter audio lies closer together
+            heard = {"audio": self.audio, "frames": 2 * self.audio}
+            sizes = zip(buffer.shape, self._audio[name], strict=True)
+            buffer = buffer.shaped(*(heard.get(str(symbol), size) for size, symbol in sizes))
+        return buffer.part(first * lanes, count * lanes)
 
 
 def _specs(dims: Dimensions, dtype: DType) -> Iterator[TensorSpec]:

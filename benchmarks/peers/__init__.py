@@ -1,0 +1,1 @@
+"""Other programs that run Whisper, side by side with the runtime on the same checkpoint and audio."""

@@ -1,0 +1,171 @@
+"""`das-bench peers`: every side on the same audio, one repeat after the other, the order rotated from repeat to repeat.
+
+Two parts, each with processes of its own:
+
+    forced   one window of audio, the same number of tokens from everybody; ratios are medians over the repeats of the
+             time from features to tokens, for features are extracted by whatever the peer brings
+    free     labelled speech transcribed to its true length: word error rate beside real-time factor
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from das_asr.benchmarks.audio import window_audio
+from das_asr.benchmarks.figures import figures, ratios, summary
+from das_asr.benchmarks.floor import demands
+from das_asr.benchmarks.machine import quiet_libraries
+from das_asr.benchmarks.models import SAMPLE_RATE, check_length, prompt_ids, resolve_model
+from das_asr.benchmarks.peers.engines import ENGINES, UnavailableError
+from das_asr.benchmarks.peers.process import SideProcess
+from das_asr.benchmarks.peers.sides import Log, PeersOptions, Prepared, Refused, Side, plan, prepare
+from das_asr.benchmarks.peers.speech import Heard, measure_speech
+from das_asr.benchmarks.rates import measure_rates
+from das_asr.benchmarks.rtf import interleave
+from das_asr.benchmarks.timing import Utterance
+from das_asr.runtime.manifest import read_manifest
+
+__all__ = ["YARDSTICKS", "open_sides", "prepare_peers", "run_peers"]
+
+YARDSTICKS = ("ctranslate2 fp32", "ctranslate2 int8", "transformers fp32")
+"""Sides that all others are divided by, where they run."""
+
+
+def run_peers(options: PeersOptions, log: Log) -> dict[str, Any]:
+    """Converts, measures, and returns what the results file holds beside machine and options."""
+    prepared = prepare_peers(options, log)
+    checkpoint = prepared.checkpoint
+    rates = measure_rates(options.threads)
+    forced, refused = _forced(prepared, options, log) if options.domains else ([], list(prepared.refused))
+    free = _free(prepared, options, log) if options.speech else None
+    rates = rates.best(measure_rates(options.threads))
+    return {
+        "window_seconds": len(window_audio(checkpoint)) / SAMPLE_RATE,
+        "rates": asdict(rates),
+        "runs": forced,
+        "refused": [asdict(item) for item in refused],
+        "speech": free,
+    }
+
+
+def prepare_peers(options: PeersOptions, log: Log) -> Prepared:
+    """Exports and converts what is not there yet."""
+    checkpoint = resolve_model(options.model)
+    check_length(checkpoint, options.tokens)
+    with quiet_libraries():
+        return prepare(checkpoint, options, log)
+
+
+@contextlib.contextmanager
+def open_sides(
+    sides: Sequence[Side], prepared: Prepared, options: PeersOptions, tokens: int | None, log: Log
+) -> Iterator[tuple[dict[Side, SideProcess], list[Refused]]]:
+    """Loads all sides that can be loaded, each with a first window of audio; each stays stopped until it is asked.
+
+    Raises:
+        UnavailableError: the runtime itself cannot run.
+    """
+    refused: list[Refused] = []
+    audio = window_audio(prepared.checkpoint)
+    with contextlib.ExitStack() as stack:
+        opened: dict[Side, SideProcess] = {}
+        for side in sides:
+            ours = ENGINES[side.engine].domains
+            folder = Path() if ours else prepared.folders.get((side.engine, side.precision))
+            if folder is None:
+                continue
+            log(f"loading {side.name}")
+            try:
+                process = SideProcess(side.engine, prepared.work(side, options, tokens), folder, options.tools)
+                stack.callback(process.close)
+                process.transcribe(audio)  # some peers find only now that the model is not for them
+            except UnavailableError as error:
+                if ours:
+                    raise
+                refused.append(Refused(side.engine, side.precision, str(error)))
+                log(f"{side.name}: {error}")
+            else:
+                opened[side] = process
+        yield opened, refused
+
+
+def _forced(prepared: Prepared, options: PeersOptions, log: Log) -> tuple[list[dict[str, Any]], list[Refused]]:
+    audio = window_audio(prepared.checkpoint)
+    sides = list(plan(options, options.domains))
+    with open_sides(sides, prepared, options, options.tokens, log) as (opened, refused):
+        named = {side.name: process for side, process in opened.items()}
+        taken = interleave(named, audio, options.repeats, options.warmup)
+        past = len(prompt_ids(prepared.checkpoint)) + options.tokens // 2
+        records = []
+        for side, process in opened.items():
+            record = _record(side, taken, len(audio) / SAMPLE_RATE)
+            if ENGINES[side.engine].domains:
+                record["demand"] = demands(prepared.bundles[side.domains], side.precision, past)
+            record |= {"versions": process.versions, "memory_mib": process.finish()}
+            records.append(record)
+            log(f"{side.name:28} {record['from_features_ms']['median']:8.1f} ms from features to tokens")
+    return records, [*prepared.refused, *refused]
+
+
+def _record(side: Side, taken: Mapping[str, Sequence[Utterance]], seconds: float) -> dict[str, Any]:
+    mine = _from_features(taken[side.name])
+    record = {**asdict(side), "side": side.name, **figures(taken[side.name], seconds)}
+    record["from_features_ms"] = summary(mine)
+    record["ratios"] = {name: ratios(mine, _from_features(taken[name])) for name in YARDSTICKS if name in taken}
+    record["agreement"] = _agreement(side, taken)
+    return record
+
+
+def _from_features(utterances: Sequence[Utterance]) -> list[float]:
+    return [utterance.total - utterance.features for utterance in utterances]
+
+
+def _agreement(side: Side, taken: Mapping[str, Sequence[Utterance]]) -> dict[str, Any]:
+    """Tokens that equal those of the first float32 side which must write the same."""
+    exact = [name for name in taken if name.split()[1] == "fp32"]
+    alike = [name for name in exact if _history(name) == _history(side.name)]
+    reference = alike[0] if alike else side.name
+    expected, written = taken[reference][0].tokens, taken[side.name][0].tokens
+    equal = sum(a == b for a, b in zip(expected, written, strict=False))
+    return {"with": reference, "equal": equal, "of": len(expected), "written": len(written)}
+
+
+def _history(name: str) -> str:
+    """What decides the tokens: the base alone, or K adapters with shared or own histories."""
+    engine, _, *domains = name.split()
+    return "base" if not domains or domains == ["K=0"] else f"{engine} {domains[0]}"
+
+
+def _free(prepared: Prepared, options: PeersOptions, log: Log) -> dict[str, Any]:
+    assert options.speech is not None
+    bundles = dict(prepared.bundles)
+    counts = [0]
+    if options.bundle is not None:
+        manifest = read_manifest(options.bundle)
+        counts.append(manifest.rows - 1)
+        bundles[manifest.rows - 1] = options.bundle
+    prepared = Prepared(prepared.checkpoint, bundles, prepared.folders, prepared.refused)
+    sides = [side for side in plan(options, counts) if _has(side, bundles)]
+    with open_sides(sides, prepared, options, None, log) as (opened, refused):
+        named = {side.name: process for side, process in opened.items()}
+        heard: dict[str, Heard]
+        found, heard = measure_speech(named, prepared.checkpoint, options.speech, options.repeats, options.warmup)
+        for name, item in heard.items():
+            item["ratios"] = {
+                yardstick: ratios(item["seconds"], heard[yardstick]["seconds"])
+                for yardstick in YARDSTICKS
+                if yardstick in heard
+            }
+            log(f"{name:28} WER {100 * item['wer']:.1f} %, RTF {item['rtf']:.4f}")
+    return {**found, "runs": heard, "refused": [asdict(item) for item in refused]}
+
+
+def _has(side: Side, bundles: Mapping[int, Path]) -> bool:
+    """Whether a bundle of the user's has the precision."""
+    if not ENGINES[side.engine].domains:
+        return True
+    return side.precision in read_manifest(bundles[side.domains]).precisions
