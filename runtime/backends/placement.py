@@ -42,8 +42,9 @@ def _strays(node: Mapping[str, Any]) -> bool:
 
 
 def _tensors(node: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[int]]]:
-    """Dtype and shape of everything that a node reads or writes."""
-    for side in ("input_type_shape", "output_type_shape"):
+    """Dtype and shape of everything that a node reads or writes; of what it asks the shape of, it reads nothing."""
+    asks = node["op_name"] in ("Shape", "Size")
+    for side in ("output_type_shape",) if asks else ("input_type_shape", "output_type_shape"):
         for tensor in node.get(side, ()):
             yield from tensor.items()
 
