@@ -5,39 +5,37 @@
     single       one at a time
 
 First each of them gets all requests at once, which shows how much it can do; then requests arrive at rates that are
-shares of what `continuous` could do. Tokens are those of the results; a row that does not win costs time and counts for
-nothing.
+shares of what `continuous` could do. Tokens are those of the results; a row that does not win costs time and counts
+for nothing. `decoder_tokens_per_second` leaves out the time in which the serving thread prepares audio and encodes, so
+it is what the decoder alone would do were its input always ready. `occupancy` is the mean number of utterances in the
+decoder (Little's law: the time they spend there by the time that passes).
 """
 
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from das_asr.benchmarks.audio import find_audio
+from das_asr.benchmarks.load_servers import SERVERS, Request, Server, open_server
 from das_asr.runtime import QueueFullError, SchedulerOptions, Transcriber, Transcription
 from das_asr.runtime.audio import load_audio
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["PATTERNS", "SERVERS", "LoadOptions", "measure_load", "render_load"]
+__all__ = ["PATTERNS", "LoadOptions", "measure_load", "render_load"]
 
 PATTERNS = ("all", "same", "uniform", "zipf")
 """Which adapters a request asks for: all of them; the first; one, each as often; one, the n-th 1 / n times as often."""
-
-SERVERS = ("continuous", "static", "single")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +75,6 @@ class LoadOptions:
             raise OptionError(f"--requests is {self.requests}, expected at least 10: fewer have no percentiles.")
 
 
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    samples: NDArray[np.float32]
-    adapters: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class _Served:
     """One request that was served; seconds."""
@@ -91,10 +83,9 @@ class _Served:
     queue: float
     audio: float
     tokens: int
-
-
-class _Server(Protocol):
-    def submit(self, asked: _Asked) -> Future[Transcription]: ...
+    preparing: float  # reading and features; its share of a batch
+    encoding: float  # likewise
+    decoding: float
 
 
 def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, Any]:
@@ -109,7 +100,7 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
         with _load(options, max(options.max_queue, options.requests)) as transcriber:
             asked = _requests(options, transcriber, pattern)
             for name in SERVERS:  # each once without being counted: pages and buffers come with the first requests
-                with _server(name, transcriber, options) as server:
+                with open_server(name, transcriber, options.max_batch) as server:
                     _burst(server, asked[: options.max_batch])
             for name in SERVERS:
                 runs.append(_row(name, pattern, None, *_measured(name, transcriber, options, asked, None)))
@@ -129,7 +120,7 @@ def _load(options: LoadOptions, max_queue: int) -> Transcriber:
     return Transcriber.load(options.bundle, threads=options.threads, precision=options.precision, scheduling=scheduling)
 
 
-def _requests(options: LoadOptions, transcriber: Transcriber, pattern: str) -> list[_Asked]:
+def _requests(options: LoadOptions, transcriber: Transcriber, pattern: str) -> list[Request]:
     rate = transcriber.manifest.audio.sample_rate
     clips = [load_audio(path, target_rate=rate) for path in find_audio(options.audio)]
     rng = random.Random(f"{options.seed} {pattern}")  # noqa: S311
@@ -141,100 +132,26 @@ def _requests(options: LoadOptions, transcriber: Transcriber, pattern: str) -> l
             return names
         return names[:1] if pattern == "same" else tuple(rng.choices(names, weights))
 
-    return [_Asked(rng.choice(clips), adapters()) for _ in range(options.requests)]
-
-
-# --- Servers ---
-
-
-class _Continuous:
-    def __init__(self, transcriber: Transcriber) -> None:
-        self._transcriber = transcriber
-
-    def submit(self, asked: _Asked) -> Future[Transcription]:
-        rate = self._transcriber.manifest.audio.sample_rate
-        return self._transcriber.submit(asked.samples, sample_rate=rate, adapters=asked.adapters)
-
-
-class _Static:
-    """Takes what waits, up to `size` requests with the adapters of the oldest, and decodes it as one batch."""
-
-    def __init__(self, transcriber: Transcriber, size: int, limit: int) -> None:
-        self._transcriber, self._size, self._limit = transcriber, size, limit
-        self._waiting: deque[tuple[_Asked, Future[Transcription]]] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def submit(self, asked: _Asked) -> Future[Transcription]:
-        future: Future[Transcription] = Future()
-        with self._changed:
-            if len(self._waiting) >= self._limit:
-                raise QueueFullError("full")
-            self._waiting.append((asked, future))
-            self._changed.notify()
-        return future
-
-    def close(self) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _serve(self) -> None:
-        while batch := self._next():
-            try:
-                self._decode(batch)
-            except Exception as error:  # noqa: BLE001  # nobody must wait for ever
-                for _, future in batch:
-                    future.set_exception(error)
-
-    def _decode(self, batch: Sequence[tuple[_Asked, Future[Transcription]]]) -> None:
-        rate = self._transcriber.manifest.audio.sample_rate
-        samples = [asked.samples for asked, _ in batch]
-        results = self._transcriber.transcribe_batch(samples, sample_rate=rate, adapters=batch[0][0].adapters)
-        for (_, future), result in zip(batch, results, strict=True):
-            future.set_result(result)
-
-    def _next(self) -> list[tuple[_Asked, Future[Transcription]]]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            fits = [pair for pair in self._waiting if pair[0].adapters == self._waiting[0][0].adapters][: self._size]
-            for pair in fits:
-                self._waiting.remove(pair)
-            return fits
-
-
-@contextmanager
-def _server(name: str, transcriber: Transcriber, options: LoadOptions, limit: int = 1 << 30) -> Iterator[_Server]:
-    if name == "continuous":
-        yield _Continuous(transcriber)
-        return
-    server = _Static(transcriber, options.max_batch if name == "static" else 1, limit)
-    try:
-        yield server
-    finally:
-        server.close()
+    return [Request(rng.choice(clips), adapters()) for _ in range(options.requests)]
 
 
 # --- Measuring ---
 
 
 def _measured(
-    name: str, transcriber: Transcriber, options: LoadOptions, asked: Sequence[_Asked], rate: float | None
+    name: str, transcriber: Transcriber, options: LoadOptions, asked: Sequence[Request], rate: float | None
 ) -> tuple[list[_Served], int, float]:
     """(what was served, how many were refused, seconds); without a rate everything comes at once."""
     limit = (1 << 30) if rate is None else options.max_queue
-    with _server(name, transcriber, options, limit) as server:
+    with open_server(name, transcriber, options.max_batch, limit) as server:
         return _burst(server, asked) if rate is None else _arrive(server, asked, rate, options.seed)
 
 
-def _burst(server: _Server, asked: Sequence[_Asked]) -> tuple[list[_Served], int, float]:
+def _burst(server: Server, asked: Sequence[Request]) -> tuple[list[_Served], int, float]:
     return _arrive(server, asked, float("inf"), 0)
 
 
-def _arrive(server: _Server, asked: Sequence[_Asked], rate: float, seed: int) -> tuple[list[_Served], int, float]:
+def _arrive(server: Server, asked: Sequence[Request], rate: float, seed: int) -> tuple[list[_Served], int, float]:
     """Sends requests at exponential intervals, on schedule even where the server is late."""
     rng = random.Random(seed)  # noqa: S311
     began = time.perf_counter()
@@ -253,18 +170,28 @@ def _arrive(server: _Server, asked: Sequence[_Asked], rate: float, seed: int) ->
         pending.append((min(due, time.perf_counter()), ended, future))
     wait_for([future for _, _, future in pending])
     seconds = time.perf_counter() - began
-    return [_served(start, ended, future.result()) for start, ended, future in pending], refused, seconds
+    sharing = Counter(id(future.result().timings) for _, _, future in pending)
+    return [_served(start, ended, future.result(), sharing) for start, ended, future in pending], refused, seconds
 
 
 def _noted(ended: list[float]) -> Callable[[object], None]:
     return lambda _: ended.append(time.perf_counter())
 
 
-def _served(start: float, ended: list[float], result: Transcription) -> _Served:
+def _served(start: float, ended: list[float], result: Transcription, sharing: Counter[int]) -> _Served:
     while not ended:  # the callback runs right behind what `wait` saw
         time.sleep(0.0001)
-    latency = ended[0] - start
-    return _Served(latency, latency - result.timings.total, result.duration, len(result.tokens))
+    latency, timings = ended[0] - start, result.timings
+    batch = sharing[id(timings)]  # utterances of one batch share one object
+    return _Served(
+        latency=latency,
+        queue=latency - timings.total,
+        audio=result.duration,
+        tokens=len(result.tokens),
+        preparing=(timings.audio + timings.features) / batch,
+        encoding=timings.encoder / batch,
+        decoding=timings.prefill + timings.steps,
+    )
 
 
 def _row(
@@ -274,6 +201,10 @@ def _row(
         points = np.percentile(values, [50, 95, 99]) if values else [float("nan")] * 3
         return dict(zip(("p50", "p95", "p99"), map(float, points), strict=True))
 
+    tokens = sum(one.tokens for one in served)
+    before = sum(one.encoding for one in served)
+    if server != "continuous":  # there, whoever submits prepares the audio, beside the thread that serves
+        before += sum(one.preparing for one in served)
     return {
         "server": server,
         "pattern": pattern,
@@ -282,7 +213,9 @@ def _row(
         "refused": refused,
         "seconds": seconds,
         "requests_per_second": len(served) / seconds,
-        "tokens_per_second": sum(one.tokens for one in served) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "decoder_tokens_per_second": tokens / (seconds - before),
+        "occupancy": sum(one.decoding for one in served) / seconds,
         "rtfx": sum(one.audio for one in served) / seconds,
         "latency": percentiles([one.latency for one in served]),
         "queue": percentiles([max(0.0, one.queue) for one in served]),
@@ -294,12 +227,15 @@ def _row(
 
 def render_load(result: dict[str, Any]) -> str:
     """The rows as a table in Markdown."""
-    head = ["adapters", "rate", "server", "requests/s", "tokens/s", "RTFx", "latency p50 / p95 / p99, s", "refused"]
+    head = ["adapters", "rate", "server", "requests/s", "tokens/s", "of the decoder alone", "RTFx", "occupancy"]
+    head += ["queue p50, s", "latency p50 / p95 / p99, s", "refused"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for run in result["runs"]:
         rate = "all at once" if run["rate"] is None else f"{run['rate']:g}"
         latency = " / ".join(f"{run['latency'][point]:.3f}" for point in ("p50", "p95", "p99"))
-        figures = [f"{run[name]:.1f}" for name in ("requests_per_second", "tokens_per_second", "rtfx")]
-        cells = [run["pattern"], rate, run["server"], *figures, latency, str(run["refused"])]
+        names = ("requests_per_second", "tokens_per_second", "decoder_tokens_per_second", "rtfx", "occupancy")
+        figures = [f"{run[name]:.1f}" for name in names]
+        queue = f"{run['queue']['p50']:.3f}"
+        cells = [run["pattern"], rate, run["server"], *figures, queue, latency, str(run["refused"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
