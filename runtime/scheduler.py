@@ -5,9 +5,10 @@
     transcription = future.result()
 
 Requests with the same adapters and encoder context share a lane: one run of the decoder per step, whatever their ages,
-prompts, rules and limits. Lanes take turns, a step each. Requests are admitted in the order they came, as places become
-free, and one between two steps: so nobody waits for the encoder more than once per token. A request that is cancelled,
-or whose deadline passes, leaves at the next step. While there is nothing to do the thread sleeps.
+prompts, rules and limits. Lanes take turns, a step each. Requests are admitted in the order they came, one between two
+steps, while there is a place and those who wait lose more by waiting than those who are being decoded lose while the
+encoder runs (`Pace`). A request that is cancelled, or whose deadline passes, leaves at the next step. While there is
+nothing to do the thread sleeps.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from das_asr.runtime.backends.base import Backend, LoadedStack, Slots, Step
 from das_asr.runtime.decoding import DecodedBatch, Plan, Prompt, Writing, prefill, wants_logits
 from das_asr.runtime.errors import ClosedError, DeadlineError, OptionError, QueueFullError
+from das_asr.runtime.pace import Pace
 from das_asr.runtime.results import Transcription
 
 __all__ = ["Request", "Scheduler", "SchedulerOptions", "Stages"]
@@ -137,6 +139,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._pace = Pace()
 
     def submit(self, request: Request) -> Future[Transcription]:
         """Queues a request.
@@ -175,10 +178,11 @@ class Scheduler:
         lanes: dict[_Key, _Lane] = {}
         try:
             while self._wait(busy=bool(lanes)):
-                if sum(len(lane.live) for lane in lanes.values()) < self._options.max_batch:
-                    self._admit(lanes)
+                self._admit(lanes)
+                began = perf_counter()
                 for lane in lanes.values():
                     lane.step()
+                self._pace.stepped(perf_counter() - began)
                 lanes = {key: lane for key, lane in lanes.items() if lane.live}
         except BaseException as error:
             self._break(error, lanes)
@@ -192,16 +196,19 @@ class Scheduler:
             return busy or bool(self._queue)
 
     def _admit(self, lanes: dict[_Key, _Lane]) -> None:
-        """Gives the oldest request that somebody waits for a place in its lane."""
+        """Gives the oldest request that somebody waits for a place in its lane, if there is one and it is time."""
+        ages = [len(request.stages.steps) for lane in lanes.values() for request in lane.live]
+        if len(ages) >= self._options.max_batch:
+            return
         with self._changed:
             self._drop_gone()
-            if not self._queue:
+            if not self._queue or not self._pace.admits(len(self._queue), ages):
                 return
             request = self._queue.popleft()
         key = id(request.stack), request.features.shape
         lane = lanes.get(key)
         if lane is None:
-            lane = lanes[key] = _Lane(self._backend, request.stack, self._options.max_batch)
+            lane = lanes[key] = _Lane(self._backend, request.stack, self._options.max_batch, self._pace)
         lane.admit(request)
 
     def _drop_gone(self) -> None:
@@ -220,8 +227,8 @@ class Scheduler:
 class _Lane:
     """The live requests of one stack, in the order of their places."""
 
-    def __init__(self, backend: Backend, stack: LoadedStack, capacity: int) -> None:
-        self._backend, self._stack, self._capacity = backend, stack, capacity
+    def __init__(self, backend: Backend, stack: LoadedStack, capacity: int, pace: Pace) -> None:
+        self._backend, self._stack, self._capacity, self._pace = backend, stack, capacity, pace
         self._slots: Slots | None = None
         self.live: list[Request] = []
 
@@ -243,6 +250,7 @@ class _Lane:
         prompts, step = prefill(batch, request.prompts, request.plan)
         goes_on = request.begin(prompts, step)
         request.stages.encoder, request.stages.prefill = encoding - began, perf_counter() - encoding
+        self._pace.admitted(perf_counter() - began)
         if not goes_on:
             request.complete()
             return
@@ -280,6 +288,7 @@ class _Lane:
             self._leave(place)
             return
         if not goes_on:
+            self._pace.completed(len(request.stages.steps))
             request.complete()
             self._leave(place)
 
