@@ -243,19 +243,8 @@ def _tests(select: str) -> dict[str, Any]:
     if not (root / "tests" / "test_gpu.py").is_file():
         raise DasError(f"{root} has no tests/test_gpu.py. Run this in a checkout.")
     chosen = ["-k", select] if select else []
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "tests/test_gpu.py",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *chosen,
-    ]
-    done = run_child(command, cwd=root)
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    done = run_child([sys.executable, "-m", "pytest", *options, *chosen], cwd=root)
     return {"status": done.returncode, "output": (done.stdout + done.stderr)[-_KEPT_OUTPUT:]}
 
 

@@ -49,7 +49,11 @@ def context_command(margins: str, rule: str | None, **options: Any) -> None:
 @click.command("prune", cls=Command)
 @common_options(batch_size=1)
 @click.option(
-    "--keep", default="1,3", show_default=True, callback=whole_numbers, help="Numbers of adapters to keep, or none."
+    "--keep",
+    default="1,3",
+    show_default=True,
+    callback=whole_numbers,
+    help="Numbers of adapters to keep, as in auto:3; or none.",
 )
 @click.option(
     "--after", default="4,8,16", show_default=True, callback=whole_numbers, help="Tokens after which rows are pruned."

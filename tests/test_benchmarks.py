@@ -313,6 +313,7 @@ def test_the_precision_that_is_asked_for_is_opened(exported: Work, tmp_path: Pat
     write_manifest(dataclasses.replace(read_manifest(bundle), precisions=("int8", "fp32")), bundle)
     system = open_system("das", dataclasses.replace(exported, bundle=bundle))
     assert len(system.transcribe(window_audio(exported.checkpoint)).tokens) == TOKENS
+    system.close()
     like = RtfOptions(precision="int8")
     free = FreeOptions.of([tmp_path], bundle, like)
     assert free is not None

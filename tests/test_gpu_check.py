@@ -184,7 +184,8 @@ def test_pieces_add_to_one_file(checkpoint: Path, tmp_path: Path) -> None:
     assert results["kind"] == "gpu"
     assert "torch" in results["pieces"]["environment"]["result"]["versions"]
     (name,) = (name for name in results["pieces"] if name.startswith("table "))
-    assert {"precisions=fp32", "domains=0", "systems=transformers", "tokens=6", f"model={checkpoint}"} <= {*name.split()}
+    told = {"precisions=fp32", "domains=0", "systems=transformers", "tokens=6", f"model={checkpoint}", "cpu"}
+    assert told <= set(name.split())
     piece = results["pieces"][name]
     (record,) = piece["result"]
     assert (record["system"], len(record["tokens"])) == ("transformers", 6)
@@ -221,7 +222,13 @@ def test_a_file_that_would_be_too_large_is_cut_in_detail(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("device", "before", "after"),
-    [("cpu", None, None), ("cuda", "2,3", "2,3"), ("cuda:1", None, "1"), ("cuda:1", "2,3", "3"), ("cuda:2", "2,3", "-1")],
+    [
+        ("cpu", None, None),
+        ("cuda", "2,3", "2,3"),
+        ("cuda:1", None, "1"),
+        ("cuda:1", "2,3", "3"),
+        ("cuda:2", "2,3", "-1"),
+    ],
 )
 def test_the_chosen_gpu_is_the_only_one(
     device: str, before: str | None, after: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -141,7 +141,8 @@ def _missing(name: str) -> str | None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends a child")
 def test_a_child_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = f"import sys; from das_asr.benchmarks.children import run_child; run_child([sys.executable, '-c', {child!r}])"
+    code = "import sys; from das_asr.benchmarks.children import run_child; "
+    code += f"run_child([sys.executable, '-c', {child!r}])"
     parent = subprocess.Popen([sys.executable, "-c", code])
     _wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     pid = int((tmp_path / "pid").read_text())
