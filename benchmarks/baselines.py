@@ -41,6 +41,7 @@ __all__ = [
     "SequentialDecodes",
     "SequentialLora",
     "TransformersGenerate",
+    "generate_options",
 ]
 
 
@@ -60,7 +61,7 @@ class Baseline(ABC):
         self._extractor = WhisperFeatureExtractor.from_pretrained(work.checkpoint, local_files_only=True)
         self._generation_config = read_json(work.checkpoint / "generation_config.json")
         self._prompt = prompt_ids(work.checkpoint)
-        self._suppression = _suppression(self._generation_config, self.model.config.vocab_size)
+        self._suppression = Suppression.of(self._generation_config, self.model.config.vocab_size)
         self._adapt()
         self._clock = ModelClock(self.model)
 
@@ -110,18 +111,10 @@ class TransformersGenerate(Baseline):
     name = "transformers"
 
     def _decode(self, features: Tensor) -> tuple[Sequence[int], Sequence[int], float | None]:
-        ids = self.model.generate(features, **self._options())[0].tolist()
+        options = generate_options(self._generation_config, self.work.tokens)
+        ids = self.model.generate(features, **options)[0].tolist()
         end = self.model.generation_config.eos_token_id
         return [token for token in ids if token != end], (), None
-
-    def _options(self) -> dict[str, Any]:
-        """Arguments of `generate` for greedy English transcription without timestamps."""
-        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": False, "use_cache": True}
-        if is_multilingual(self._generation_config):
-            options |= {"language": "en", "task": "transcribe"}
-        if (count := self.work.tokens) is not None:
-            options |= {"min_new_tokens": count, "max_new_tokens": count}
-        return options
 
 
 class SequentialLora(Baseline):
@@ -236,13 +229,14 @@ class _PublicForward:
         return BaseModelOutput(last_hidden_state=output.logits)
 
 
-def _suppression(generation_config: dict[str, Any], vocabulary: int) -> Suppression:
-    """The checkpoint's own lists, end-of-text, and timestamps, which follow `<|notimestamps|>`."""
-    timestamps = range(int(generation_config["no_timestamps_token_id"]) + 1, vocabulary)
-    listed = generation_config.get("suppress_tokens") or []
-    always = [*listed, int(generation_config["eos_token_id"]), *timestamps]
-    first = generation_config.get("begin_suppress_tokens") or []
-    return Suppression(torch.tensor(always), torch.tensor(first, dtype=torch.int64))
+def generate_options(generation_config: dict[str, Any], tokens: int | None) -> dict[str, Any]:
+    """Arguments of `generate` for greedy English transcription without timestamps, to exactly so many tokens if any."""
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": False, "use_cache": True}
+    if is_multilingual(generation_config):
+        options |= {"language": "en", "task": "transcribe"}
+    if tokens is not None:
+        options |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    return options
 
 
 def _log_probability(decoded: Decoded) -> float:

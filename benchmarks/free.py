@@ -18,6 +18,7 @@ from das_asr.benchmarks.models import SAMPLE_RATE, resolve_model
 from das_asr.benchmarks.systems import YARDSTICK, System, Work, open_system
 from das_asr.benchmarks.timing import summarize
 from das_asr.runtime.errors import OptionError
+from das_asr.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,13 +44,15 @@ class FreeOptions:
     repeats: int = 10
     warmup: int = 2
     spinning: bool = False
+    precision: str = "fp32"  # of the bundle's graphs
 
     @classmethod
     def of(cls, audio: Sequence[Path], bundle: Path | None, like: RtfOptions) -> FreeOptions | None:
-        """The same model, threads and repeats as the forced part; None where no audio was given.
+        """The same model, precision, threads and repeats as the forced part; None where no audio was given.
 
         Raises:
-            OptionError: audio without a bundle, or a bundle without audio.
+            BundleError: it is no bundle.
+            OptionError: audio without a bundle, a bundle without audio, or one without the precision.
         """
         if not audio and bundle is None:
             return None
@@ -57,7 +60,10 @@ class FreeOptions:
             raise OptionError(
                 "--audio and --bundle belong together: give the audio and the exported bundle of --model."
             )
-        return cls(like.model, bundle, tuple(audio), like.threads, like.repeats, like.warmup, like.spinning)
+        read_manifest(bundle).graphs(bundle, like.precision)  # the forced part takes long; a refusal should not wait
+        return cls(
+            like.model, bundle, tuple(audio), like.threads, like.repeats, like.warmup, like.spinning, like.precision
+        )
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> FreeOptions:
@@ -72,7 +78,6 @@ class FreeOptions:
 def run_free(options: FreeOptions, log: Callable[[str], None]) -> dict[str, Any]:
     """Decodes every file with every system, interleaved; RTF and RTFx are over the whole set."""
     from das_asr.runtime.audio import load_audio
-    from das_asr.runtime.manifest import read_manifest
 
     manifest = read_manifest(options.bundle)
     clips = [load_audio(path, target_rate=SAMPLE_RATE) for path in options.files()]
@@ -84,6 +89,7 @@ def run_free(options: FreeOptions, log: Callable[[str], None]) -> dict[str, Any]
         threads=options.threads,
         bundle=options.bundle,
         spinning=options.spinning,
+        precision=options.precision,
     )
     with quiet_libraries(), pinned(options.threads), contextlib.ExitStack() as stack:
         systems = {name: open_system(name, work) for name in SYSTEMS}

@@ -7,14 +7,15 @@
     python -m das_asr.benchmarks.gpu_check rtx --output gpu.json
     python -m das_asr.benchmarks.gpu_check all --output gpu.json
 
-Each piece adds its part to the file. What cannot run is part of the result, with the reason; the exit status is 0 as
-long as the file could be written. It needs torch, transformers, peft and onnx, and of this package nothing installed:
-`PYTHONPATH=typings` in a checkout will do.
+Each piece adds its part to the file, the table record by record. What cannot run is part of the result, with the
+reason; the exit status is 0 as long as the file could be written. It needs torch, transformers, peft and onnx, and of
+this package nothing installed: `PYTHONPATH=typings` in a checkout will do.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,21 +25,45 @@ from typing import Any
 
 import click
 
+from das_asr.benchmarks.children import run_child
 from das_asr.benchmarks.output import check_folders, write_whole
+from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.console import Group
-from das_asr.runtime.errors import DasError
+from das_asr.runtime.errors import DasError, OptionError
 
 __all__ = ["main", "missing_device", "run_piece"]
 
 _MOST_BYTES = 1_000_000  # of the result file
+_LENGTHS = (6000, 1000, 200, 50)  # that texts and lists of numbers are cut to where the file would be larger
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _KEPT_OUTPUT = 6000  # characters of what a test run or a trial printed
 
-Piece = Callable[[], Any]
+Keep = Callable[[Any], None]
+Piece = Callable[[Keep], Any]
+"""Does its work and returns the result; what it hands to `Keep` before that is in the file at once."""
+
+
+def _one_gpu(_: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Makes the chosen GPU the only one: tests, engine builders and libraries have no say in which one they take."""
+    try:
+        options = BackendOptions(value)
+    except OptionError as error:
+        raise click.BadParameter(str(error), param=parameter) from error
+    if ":" not in value:
+        return value
+    chosen = str(options.device_id)
+    if _VISIBLE in os.environ:  # N then counts among those that are visible; beyond them there is none
+        chosen = dict(enumerate(os.environ[_VISIBLE].split(","))).get(options.device_id, "-1")
+    os.environ[_VISIBLE] = chosen
+    return "cuda"
+
 
 OUTPUT = click.option(
     "--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSON file to add to."
 )
-DEVICE = click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N, or cpu to try the code.")
+DEVICE = click.option(
+    "--device", default="cuda", show_default=True, callback=_one_gpu, help="cuda, cuda:N, or cpu to try the code."
+)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +83,7 @@ def _list(_: click.Context, parameter: click.Parameter, value: str) -> tuple[str
 @DEVICE
 def environment(output: Path, device: str) -> None:
     """The GPU, its driver, and the versions of everything that matters."""
-    run_piece(output, "environment", device, lambda: _environment(device))
+    run_piece(output, "environment", device, lambda _: _environment(device))
 
 
 @main.command()
@@ -67,7 +92,7 @@ def environment(output: Path, device: str) -> None:
 @click.option("--select", default="", help="Of the tests, as pytest's -k.")
 def tests(output: Path, device: str, select: str) -> None:
     """The tests that need a GPU."""
-    run_piece(output, f"tests {select}".strip(), device, lambda: _tests(select))
+    run_piece(output, f"tests {select}".strip(), device, lambda _: _tests(select))
 
 
 @main.command()
@@ -76,7 +101,7 @@ def tests(output: Path, device: str, select: str) -> None:
 def floor(output: Path, device: str) -> None:
     """Copy bandwidth and the time of an empty node in a CUDA graph."""
 
-    def measure() -> dict[str, float]:
+    def measure(_: Keep) -> dict[str, float]:
         from das_asr.benchmarks.gpu.clock import Device
         from das_asr.benchmarks.gpu.floor import measure_device
 
@@ -98,8 +123,9 @@ def floor(output: Path, device: str) -> None:
 @click.option("--warmup", default=2, show_default=True, help="Repeats before them that do not.")
 def table(output: Path, device: str, **options: Any) -> None:
     """The papers' table: time and memory over the number of domains."""
-    name = f"table {'+'.join(options['precisions'])} batch {'+'.join(options['batches'])}"
-    run_piece(output, name, device, lambda: _table(device, **options))
+    said = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    name = " ".join(["table", *(f"{option}={value}" for option, value in said.items() if value != ""), device])
+    run_piece(output, name, device, lambda keep: _table(device, keep, **options))
 
 
 @main.command()
@@ -107,7 +133,7 @@ def table(output: Path, device: str, **options: Any) -> None:
 @DEVICE
 def rtx(output: Path, device: str) -> None:
     """What TensorRT for RTX says on this GPU: builds an engine for it, and opens and runs one."""
-    run_piece(output, "rtx", device, _rtx)
+    run_piece(output, "rtx", device, lambda _: _rtx(device))
 
 
 @main.command(name="all")
@@ -126,24 +152,49 @@ def run_piece(output: Path, name: str, device: str, piece: Piece) -> None:
         OptionError: the file cannot be written.
     """
     check_folders(output=output)
+    started = time.perf_counter()
+    outcome: dict[str, Any] = {}
+
+    def keep(found: Any) -> None:
+        """Whoever is killed loses no more than what was under way."""
+        outcome["result"] = found
+        _add(output, name, {**outcome, "unfinished": True})
+
+    if reason := missing_device(device):
+        outcome["skipped"] = reason
+    else:
+        try:
+            outcome["result"] = piece(keep)
+        except Exception as error:  # noqa: BLE001  # one piece must not keep the others from being tried
+            outcome["failed"] = f"{type(error).__name__}: {error}"[:_KEPT_OUTPUT]
+    outcome["seconds"] = round(time.perf_counter() - started, 1)
+    _add(output, name, outcome)
+    click.echo(f"{name}: {_said(outcome)}", err=True)
+
+
+def _add(output: Path, name: str, outcome: Mapping[str, Any]) -> None:
+    """Replaces the file by one that has this piece too; what makes it too large is cut, and `cut_to` says so."""
     results: dict[str, Any] = {"kind": "gpu", "schema": 1, "pieces": {}}
     if output.is_file():
         results = json.loads(output.read_text(encoding="utf-8"))
-    started = time.perf_counter()
-    if reason := missing_device(device):
-        outcome: dict[str, Any] = {"skipped": reason}
-    else:
-        try:
-            outcome = {"result": piece()}
-        except Exception as error:  # noqa: BLE001  # one piece must not keep the others from being tried
-            outcome = {"failed": f"{type(error).__name__}: {error}"[:_KEPT_OUTPUT]}
-    outcome["seconds"] = round(time.perf_counter() - started, 1)
     results["pieces"][name] = outcome
     text = json.dumps(results, indent=1)
-    if len(text) > _MOST_BYTES:
-        raise DasError(f"{output} would have {len(text)} bytes, more than {_MOST_BYTES}. Use a file per piece.")
+    for most in _LENGTHS:
+        if len(text) > _MOST_BYTES:
+            text = json.dumps({**results, "cut_to": most, "pieces": _cut(results["pieces"], most)}, indent=1)
     write_whole(output, text + "\n")
-    click.echo(f"{name}: {_said(outcome)}", err=True)
+
+
+def _cut(value: Any, most: int) -> Any:
+    """The same with texts and lists of numbers of at most that length."""
+    if isinstance(value, Mapping):
+        return {name: _cut(item, most) for name, item in value.items()}
+    if isinstance(value, str):
+        return value[:most]
+    if isinstance(value, list):
+        numbers = all(isinstance(item, int | float) for item in value)
+        return value[:most] if numbers else [_cut(item, most) for item in value]
+    return value
 
 
 def missing_device(device: str) -> str | None:
@@ -152,8 +203,9 @@ def missing_device(device: str) -> str | None:
         return None
     from das_asr.runtime.backends.cuda_device import gpu_target
 
-    if gpu_target(int(device.partition(":")[2] or 0)) is None:
-        return f"no CUDA device: {device!r} is not there, or has no driver"
+    if gpu_target() is None:
+        shown = f" ({_VISIBLE} is {os.environ[_VISIBLE]})" if _VISIBLE in os.environ else ""
+        return f"no CUDA device: {device!r} is not there{shown}, or has no driver"
     import torch
 
     return None if torch.cuda.is_available() else f"no CUDA device for PyTorch {torch.__version__}, which measures"
@@ -191,35 +243,28 @@ def _tests(select: str) -> dict[str, Any]:
     if not (root / "tests" / "test_gpu.py").is_file():
         raise DasError(f"{root} has no tests/test_gpu.py. Run this in a checkout.")
     chosen = ["-k", select] if select else []
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "tests/test_gpu.py",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *chosen,
-    ]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    done = run_child([sys.executable, "-m", "pytest", *options, *chosen], cwd=root)
     return {"status": done.returncode, "output": (done.stdout + done.stderr)[-_KEPT_OUTPUT:]}
 
 
-def _table(device: str, model: str, systems: str, **options: Any) -> list[dict[str, Any]]:
+def _table(device: str, keep: Keep, model: str, systems: str, **options: Any) -> list[dict[str, Any]]:
     from das_asr.benchmarks.gpu.table import GPU_SYSTEMS, Plan, measure_table
     from das_asr.benchmarks.machine import quiet_libraries
     from das_asr.benchmarks.models import resolve_model
 
     options |= {name: tuple(map(int, options[name])) for name in ("batches", "domains")}
     names = tuple(item.strip() for item in systems.split(",") if item.strip()) or GPU_SYSTEMS
+    records: list[dict[str, Any]] = []
     with quiet_libraries():
         plan = Plan(resolve_model(model), device, systems=names, **options)
-        return measure_table(plan, lambda text: click.echo(text, err=True))
+        for record in measure_table(plan, lambda text: click.echo(text, err=True)):
+            records.append(record)
+            keep(records)
+    return records
 
 
-def _rtx() -> dict[str, Any]:
+def _rtx(device: str) -> dict[str, Any]:
     """Each step of a trial with what came of it; the first that fails ends it."""
     from das_asr.benchmarks.gpu.ours import build_engine, prepared_bundle
     from das_asr.benchmarks.models import resolve_model
@@ -229,8 +274,8 @@ def _rtx() -> dict[str, Any]:
     bundle = prepared_bundle(resolve_model("whisper-base-random"), ("fp32", "fp16"), log.append)
     for precision in ("fp16", "fp32"):
         try:
-            log.append(f"built {build_engine(bundle, precision)}")
-            log.append(f"verified: {verify_bundle(bundle, device='cuda').engines}")
+            log.append(f"built {build_engine(bundle, precision, device, 'tensorrt-rtx')}")
+            log.append(f"verified: {verify_bundle(bundle, device=device).engines}")
         except DasError as error:
             log.append(f"{type(error).__name__}: {error}")
     return {"log": log}

@@ -6,7 +6,7 @@ their rows. Row 0 has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,12 @@ from das_asr.runtime.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LoopedLora", "SharedRows", "adapter_pairs", "loop_adapters", "share_cross_rows"]
+__all__ = ["LoopedLora", "Pairs", "SharedRows", "adapter_pairs", "loop_adapters", "share_cross_rows"]
+
+Pairs = Sequence[tuple["Tensor", "Tensor"]]
+"""Of each adapter A [D, r] and B [r, D], the scale folded into B."""
+
+Wrap = Callable[[str, nn.Module, Pairs], nn.Module]
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in a checkpoint."""
@@ -47,7 +52,7 @@ class SharedRows(nn.Module):
 class LoopedLora(nn.Module):
     """`y[i] = W x[i] + (x[i] A_i) B_i`: one batched base product, then a loop over the adapters."""
 
-    def __init__(self, linear: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, linear: nn.Module, pairs: Pairs) -> None:
         """Wraps a linear layer.
 
         Args:
@@ -66,12 +71,20 @@ class LoopedLora(nn.Module):
         return out
 
 
-def loop_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
-    """Replaces every adapted projection of a model by a `LoopedLora`, in place.
+def _looped(_: str, linear: nn.Module, pairs: Pairs) -> nn.Module:
+    return LoopedLora(linear, pairs)
+
+
+def loop_adapters(model: nn.Module, folders: Sequence[Path], wrap: Wrap = _looped) -> None:
+    """Replaces every adapted projection of a model by one with all adapters, in place.
 
     Args:
         model: A `WhisperForConditionalGeneration`.
         folders: PEFT checkpoints in the order of the rows; all must adapt the same modules.
+        wrap: from a module's name, the module and its pairs to what replaces it; by default a `LoopedLora`.
+
+    Raises:
+        AdapterError: an adapter lacks a module that another has.
     """
     adapters = [dict(adapter_pairs(folder)) for folder in folders]
     names = set().union(*adapters)
@@ -81,7 +94,7 @@ def loop_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, LoopedLora(linear, [adapter[name] for adapter in adapters]))
+        setattr(model.get_submodule(parent), child, wrap(name, linear, [adapter[name] for adapter in adapters]))
 
 
 def share_cross_rows(model: Any) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OursSystem", "TimedBackend"]
 
-OpenBackend = Callable[[Path, Manifest, BackendOptions], Backend]
+OpenBackend = Callable[[Path, Manifest, BackendOptions, str], Backend]
 DEFAULT_BACKEND: OpenBackend = functools.partial(create_backend, "onnxruntime")
 
 RULES = {"das": "paper", "das-hypothesis": "hypothesis"}
@@ -108,15 +108,13 @@ class OursSystem:
         Args:
             name: of `RULES`.
             work: what to do; the bundle must be given.
-            backend: opens the graphs in a folder.
+            backend: opens a bundle's graphs of a precision.
         """
         if work.bundle is None:
             raise OptionError(f"The system {name!r} needs an exported bundle. Give one with --bundle.")
         manifest = read_manifest(work.bundle)
-        graphs = manifest.graphs(work.bundle, work.precision)
-        self._clock = TimedBackend(
-            backend(graphs, manifest, BackendOptions(threads=work.threads, spinning=work.spinning))
-        )
+        options = BackendOptions(threads=work.threads, spinning=work.spinning)
+        self._clock = TimedBackend(backend(work.bundle, manifest, options, work.precision))
         self._transcriber = Transcriber(manifest, work.bundle, self._clock)
         self._options = DecodingOptions(
             language="en",

@@ -14,9 +14,9 @@ __all__ = ["ProfiledBackend"]
 class ProfiledBackend(OnnxRuntimeBackend):
     """Writes a trace of every run of both graphs."""
 
-    def __init__(self, folder: Path, graphs: Path, manifest: Manifest, options: BackendOptions) -> None:
-        """Loads the graphs; traces go to `folder`."""
-        super().__init__(graphs, manifest, options, profiles=folder)
+    def __init__(self, folder: Path, bundle: Path, manifest: Manifest, options: BackendOptions, precision: str) -> None:
+        """Loads the graphs of a precision; traces go to `folder`."""
+        super().__init__(manifest.graphs(bundle, precision), manifest, options, profiles=folder)
 
     def end_profiling(self) -> dict[str, Path]:
         """Stops both profiles and returns the traces by graph."""

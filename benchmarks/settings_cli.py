@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from das_asr.benchmarks.arguments import whole_numbers
 from das_asr.benchmarks.output import check_folders, write_whole
 from das_asr.benchmarks.wer_cli import (
     EXISTING,
@@ -17,7 +18,6 @@ from das_asr.benchmarks.wer_cli import (
     numbers,
     say,
     shared_choices,
-    whole_numbers,
 )
 from das_asr.runtime.console import Command
 from das_asr.runtime.options import SCORES
@@ -48,8 +48,16 @@ def context_command(margins: str, rule: str | None, **options: Any) -> None:
 
 @click.command("prune", cls=Command)
 @common_options(batch_size=1)
-@click.option("--keep", default="1,3", show_default=True, help="Numbers of adapters to keep, as in auto:3; or none.")
-@click.option("--after", default="4,8,16", show_default=True, help="Tokens after which rows are pruned.")
+@click.option(
+    "--keep",
+    default="1,3",
+    show_default=True,
+    callback=whole_numbers,
+    help="Numbers of adapters to keep, as in auto:3; or none.",
+)
+@click.option(
+    "--after", default="4,8,16", show_default=True, callback=whole_numbers, help="Tokens after which rows are pruned."
+)
 @click.option("--margins", default="none", show_default=True, help="Margins behind the best row; rule hypothesis.")
 @RULE
 @click.option("--score", type=click.Choice(SCORES), default="mean", show_default=True, help="Of rule hypothesis.")
@@ -57,16 +65,18 @@ def context_command(margins: str, rule: str | None, **options: Any) -> None:
 @PRECISION
 @MARKDOWN
 def prune_command(
-    keep: str, after: str, margins: str, rule: str | None, score: str, switch_cost: float | None, **options: Any
+    keep: tuple[int, ...],
+    after: tuple[int, ...],
+    margins: str,
+    rule: str | None,
+    score: str,
+    switch_cost: float | None,
+    **options: Any,
 ) -> None:
     """What pruning rows costs in tokens and word errors, and what it saves; for bundles of many adapters."""
     from das_asr.benchmarks.settings import pruning_settings
 
-    settings = pruning_settings(
-        () if keep == "none" else whole_numbers("keep", keep),
-        whole_numbers("after", after),
-        () if margins == "none" else numbers("margins", margins),
-    )
+    settings = pruning_settings(keep, after, () if margins == "none" else numbers("margins", margins))
     _compare(settings, {"rule": rule, "score": score, "switch_cost": switch_cost}, **options)
 
 

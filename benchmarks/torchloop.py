@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,15 @@ class Suppression:
 
     always: Tensor
     first: Tensor  # at the first step, on top of the others
+
+    @classmethod
+    def of(cls, generation_config: Mapping[str, Any], vocabulary: int, device: str = "cpu") -> Suppression:
+        """The checkpoint's own lists, end-of-text, and timestamps, which follow `<|notimestamps|>`."""
+        timestamps = range(int(generation_config["no_timestamps_token_id"]) + 1, vocabulary)
+        listed = generation_config.get("suppress_tokens") or []
+        always = [*listed, int(generation_config["eos_token_id"]), *timestamps]
+        first = generation_config.get("begin_suppress_tokens") or []
+        return cls(torch.tensor(always, device=device), torch.tensor(first, dtype=torch.int64, device=device))
 
     def apply(self, logits: Tensor, step: int) -> None:
         """Changes logits [R, V] in place, before any softmax, in every row alike."""

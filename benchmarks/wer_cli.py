@@ -25,7 +25,6 @@ __all__ = [
     "tables_command",
     "tune_command",
     "wer_command",
-    "whole_numbers",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -262,18 +261,6 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     except ValueError:
         flag = name.replace("_", "-")
         raise OptionError(f"--{flag} {text!r} is not a list of numbers such as 0.01,0.025,0.1.") from None
-
-
-def whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    """`1,3` -> (1, 3), for the option `--name`.
-
-    Raises:
-        OptionError: the text is no list of whole numbers.
-    """
-    try:
-        return tuple(int(item) for item in text.split(","))
-    except ValueError:
-        raise OptionError(f"--{name} {text!r} is not a list of whole numbers such as 1,3.") from None
 
 
 def say(text: str) -> None:

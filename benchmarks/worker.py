@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from das_asr.benchmarks.children import end_with_parent
 from das_asr.runtime.errors import DasError, OptionError
 
 __all__ = ["check_threads", "pools", "run_task"]
@@ -91,6 +92,7 @@ def _perform(task: str, specification: dict[str, Any]) -> Any:
 
 
 def _main() -> int:
+    end_with_parent()
     # Libraries that print to standard output must not end up in the answer.
     answer, sys.stdout = sys.stdout, sys.stderr
     try:

@@ -21,13 +21,15 @@ from das_asr.benchmarks import machine, models, report
 from das_asr.benchmarks.audio import window_audio
 from das_asr.benchmarks.baselines import MixedBatch, SequentialDecodes, SequentialLora, TransformersGenerate
 from das_asr.benchmarks.bundles import bundle_for
+from das_asr.benchmarks.free import FreeOptions
 from das_asr.benchmarks.kinds import read_results
 from das_asr.benchmarks.memory import measure_memory, peak_memory
-from das_asr.benchmarks.rtf import agreement, interleave
+from das_asr.benchmarks.rtf import RtfOptions, agreement, interleave
 from das_asr.benchmarks.systems import Work, open_system, system_names
 from das_asr.benchmarks.torchloop import choose, paper_row
 from das_asr.benchmarks.vocabulary import Vocabulary
 from das_asr.runtime.errors import OptionError
+from das_asr.runtime.manifest import read_manifest, write_manifest
 
 SMALL = models.RandomShape(
     d_model=64, layers=2, heads=4, ffn=128, window_seconds=2, text_positions=32,
@@ -301,6 +303,23 @@ def test_bundles_are_kept_until_what_they_are_made_of_changes(exported: Work, tm
     fresh = bundle_for(exported.checkpoint, (), RANK, said.append, tmp_path)
     assert list((tmp_path / "bundles").iterdir()) == [fresh]
     assert len(said) == 1
+
+
+def test_the_precision_that_is_asked_for_is_opened(exported: Work, tmp_path: Path) -> None:
+    """Not the bundle's first, which has no graphs here."""
+    assert exported.bundle is not None
+    bundle = tmp_path / "bundle"
+    shutil.copytree(exported.bundle, bundle)
+    write_manifest(dataclasses.replace(read_manifest(bundle), precisions=("int8", "fp32")), bundle)
+    system = open_system("das", dataclasses.replace(exported, bundle=bundle))
+    assert len(system.transcribe(window_audio(exported.checkpoint)).tokens) == TOKENS
+    system.close()
+    like = RtfOptions(precision="int8")
+    free = FreeOptions.of([tmp_path], bundle, like)
+    assert free is not None
+    assert free.precision == "int8"
+    with pytest.raises(OptionError, match="precision is 'int8'"):
+        FreeOptions.of([tmp_path], exported.bundle, like)
 
 
 def test_silence_is_measured_too(exported: Work) -> None:

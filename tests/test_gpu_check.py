@@ -17,7 +17,9 @@ import torch
 
 from das_asr.benchmarks import gpu_check, machine, models
 from das_asr.benchmarks.baselines import SequentialLora as OneUtterance
+from das_asr.benchmarks.gpu import ours
 from das_asr.benchmarks.gpu.floor import step_bytes
+from das_asr.benchmarks.gpu.ours import prepared_bundle
 from das_asr.benchmarks.gpu.pytorch import paper_rows
 from das_asr.benchmarks.gpu.table import Plan, measure_table
 from das_asr.benchmarks.systems import Work
@@ -26,7 +28,8 @@ from das_asr.benchmarks.vocabulary import Vocabulary
 from das_asr.export.checkpoint import load_checkpoint
 from das_asr.runtime.backends.cuda_device import gpu_target
 from das_asr.runtime.contract import TensorSpec, cross_specs, lora_specs
-from das_asr.runtime.errors import OptionError
+from das_asr.runtime.errors import BackendError, OptionError
+from das_asr.runtime.manifest import check_files, read_manifest
 from tests.bundles import make_bundle
 from tests.checkpoints import make_base
 
@@ -56,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def records(checkpoint: Path) -> list[dict[str, Any]]:
     plan = Plan(checkpoint, "cpu", ("fp32",), (1, 3), (0, 2), SYSTEMS, rank=4, tokens=TOKENS, repeats=2, warmup=1)
-    return measure_table(plan, [].append)
+    return list(measure_table(plan, [].append))
 
 
 # --- The comparison ---
@@ -70,7 +73,8 @@ def test_every_system_runs_where_it_has_something_to_do(records: list[dict[str, 
         if "error" not in record:
             assert len(record["tokens"]) == TOKENS
             assert record["total_ms"]["median"] > 0
-            assert record["rtf"] == pytest.approx(record["total_ms"]["median"] / 1e3 / SMALL.window_seconds)
+            audio = record["batch"] * SMALL.window_seconds
+            assert record["rtf"] == pytest.approx(record["total_ms"]["median"] / 1e3 / audio)
 
 
 @pytest.mark.parametrize("domains", [0, 2])
@@ -179,14 +183,76 @@ def test_pieces_add_to_one_file(checkpoint: Path, tmp_path: Path) -> None:
     results = json.loads(output.read_text())
     assert results["kind"] == "gpu"
     assert "torch" in results["pieces"]["environment"]["result"]["versions"]
-    (record,) = results["pieces"]["table fp32 batch 1"]["result"]
+    (name,) = (name for name in results["pieces"] if name.startswith("table "))
+    told = {"precisions=fp32", "domains=0", "systems=transformers", "tokens=6", f"model={checkpoint}", "cpu"}
+    assert told <= set(name.split())
+    piece = results["pieces"][name]
+    (record,) = piece["result"]
     assert (record["system"], len(record["tokens"])) == ("transformers", 6)
+    assert "unfinished" not in piece
 
 
 def test_a_piece_that_fails_is_told_and_does_not_end_the_run(tmp_path: Path) -> None:
-    def broken() -> None:
+    output = tmp_path / "gpu.json"
+    kept = []
+
+    def broken(keep: gpu_check.Keep) -> None:
+        keep(["a record"])
+        kept.append(json.loads(output.read_text())["pieces"]["trial"])
         raise ValueError("it broke")
 
-    gpu_check.run_piece(tmp_path / "gpu.json", "trial", "cpu", broken)
-    pieces = json.loads((tmp_path / "gpu.json").read_text())["pieces"]
-    assert pieces["trial"]["failed"] == "ValueError: it broke"
+    gpu_check.run_piece(output, "trial", "cpu", broken)
+    assert kept == [{"result": ["a record"], "unfinished": True}]  # what a kill would have left
+    piece = json.loads(output.read_text())["pieces"]["trial"]
+    assert (piece["failed"], piece["result"]) == ("ValueError: it broke", ["a record"])
+    assert "unfinished" not in piece
+
+
+def test_a_file_that_would_be_too_large_is_cut_in_detail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "_MOST_BYTES", 5000)
+    output = tmp_path / "gpu.json"
+    records = [{"system": "das-onnxruntime", "error": "e" * 3000, "tokens": list(range(300))} for _ in range(4)]
+    gpu_check.run_piece(output, "long", "cpu", lambda _: records)
+    assert output.stat().st_size <= 5000
+    results = json.loads(output.read_text())
+    assert results["cut_to"] == 50
+    wanted = {"system": "das-onnxruntime", "error": "e" * 50, "tokens": list(range(50))}
+    assert results["pieces"]["long"]["result"] == [wanted] * 4
+
+
+@pytest.mark.parametrize(
+    ("device", "before", "after"),
+    [
+        ("cpu", None, None),
+        ("cuda", "2,3", "2,3"),
+        ("cuda:1", None, "1"),
+        ("cuda:1", "2,3", "3"),
+        ("cuda:2", "2,3", "-1"),
+    ],
+)
+def test_the_chosen_gpu_is_the_only_one(
+    device: str, before: str | None, after: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    seen = []
+    monkeypatch.setattr(gpu_check, "run_piece", lambda *arguments: seen.append(arguments[2]))
+    gpu_check.main(["floor", "--device", device, "--output", str(tmp_path / "g")], standalone_mode=False)
+    assert seen == ["cpu" if device == "cpu" else "cuda"]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == after
+
+
+def test_bundles_for_engines_have_the_hashes_of_every_precision(checkpoint: Path) -> None:
+    bundle = prepared_bundle(checkpoint, ("fp16", "fp32"), [].append)
+    manifest = read_manifest(bundle)
+    assert manifest.precisions == ("fp32", "fp16")
+    assert "fp16/decoder_static.onnx" in manifest.files
+    check_files(manifest, bundle)
+
+
+def test_tensorrt_for_rtx_is_not_replaced_by_the_other_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "installed_libraries", lambda: ("tensorrt",))
+    monkeypatch.setattr(ours, "gpu_target", lambda _: "sm86")
+    with pytest.raises(BackendError, match="a GPU and tensorrt-rtx are needed"):
+        ours.build_engine(tmp_path, "fp16", "cuda", "tensorrt-rtx")

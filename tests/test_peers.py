@@ -7,22 +7,28 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from click.testing import CliRunner
 
 from das_asr.benchmarks import machine, models
 from das_asr.benchmarks.audio import window_audio
 from das_asr.benchmarks.cli import main
+from das_asr.benchmarks.peers.ctranslate import starts_with_words
 from das_asr.benchmarks.peers.engines import ENGINES, Tools, UnavailableError, load_engine
+from das_asr.benchmarks.peers.measure import run_peers
 from das_asr.benchmarks.peers.process import SideProcess, convert
-from das_asr.benchmarks.peers.report import render_peers
+from das_asr.benchmarks.peers.report import render_peers, render_peers_table
 from das_asr.benchmarks.peers.sides import PeersOptions, Side, plan
 from das_asr.benchmarks.systems import Work
 from das_asr.benchmarks.vocabulary import Vocabulary
-from das_asr.runtime.errors import OptionError
+from das_asr.runtime.errors import DataError, OptionError
 
 SMALL = models.RandomShape(
     d_model=64, layers=2, heads=4, ffn=128, window_seconds=2, text_positions=32,
@@ -132,6 +138,26 @@ def _missing(name: str) -> str | None:
     return None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends a child")
+def test_a_child_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = "import sys; from das_asr.benchmarks.children import run_child; "
+    code += f"run_child([sys.executable, '-c', {child!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    _wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    pid = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    _wait(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 # The command
 
 
@@ -189,13 +215,77 @@ def test_aims_are_shown_for_the_sizes_that_they_are_of() -> None:
     assert "| 0 | 0.71 (0.70) | - |" in render_peers([result])
 
 
+def _forced(threads: int, **ratios: float) -> dict[str, Any]:
+    """A result of DAS alone with round numbers; `ratios` are those of K = 3 to K = 0."""
+    summary = {"median": 1.0, "p95": 1.0, "min": 1.0, "n": 1}
+    parts = dict.fromkeys((f"{part}_ms" for part in ("from_features", "encoder", "token")), summary)
+    runs = [
+        {
+            "engine": "das", "precision": "fp32", "domains": domains, "memory_mib": 100.0, "versions": {}, **parts,
+            "ratios": {"ctranslate2 fp32": {**summary, "median": 0.8 + domains / 10}},
+        }
+        for domains in (0, 3)
+    ]  # fmt: skip
+    for run, ratio in zip(runs, (1.0, *ratios.values()), strict=False):
+        if ratios:
+            run["ratios"]["das fp32 K=0"] = {**summary, "median": ratio}
+    return {
+        "arguments": {"model": "m", "tokens": 30, "threads": threads, "rank": 4, "repeats": 1, "spinning": 0},
+        "machine": {"processor": "p", "architecture": "a", "cores": 1, "load_before": threads}, "date": "2026-01-02T",
+        "window_seconds": 30.0, "runs": runs, "refused": [], "speech": None,
+    }  # fmt: skip
+
+
+def test_what_adapters_add_is_a_median_of_ratios_within_a_repeat() -> None:
+    assert "| 3 | 9.4 | 25.0 | - | - | - |" in render_peers_table([_forced(1, three=1.25)])
+    assert "in % (medians of the ratios within a repeat)" in render_peers_table([_forced(1, three=1.25)])
+    older = render_peers_table([_forced(1)])
+    assert "| 3 | 9.4 | 37.5 | - | - | - |" in older
+    assert "in % (quotients of the medians above)" in older
+
+
+def test_one_report_is_of_one_comparison() -> None:
+    one, two = _forced(1, three=1.25), _forced(2, three=1.25)
+    one["runs"][0]["versions"], two["runs"][1]["versions"] = {"x": "5.0", "y": "1"}, {"x": "4.0"}
+    assert "; x 5.0 and 4.0, y 1; 2026-01-02." in render_peers_table([two, one])
+    two["arguments"]["repeats"] = 7
+    with pytest.raises(OptionError, match="One result has repeats 1, another 7"):
+        render_peers_table([one, two])
+    two["arguments"]["repeats"], two["machine"]["cores"] = 1, 64
+    with pytest.raises(OptionError, match="One result has cores 1, another 64"):
+        render_peers_table([one, two])
+
+
+@pytest.mark.parametrize(("listed", "expected"), [([220, 50257], True), ([], False), (None, False)])
+def test_texts_begin_as_the_checkpoint_has_it(listed: list[int] | None, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"begin_suppress_tokens": listed}))
+    assert starts_with_words(tmp_path) == expected
+
+
+def test_speech_that_cannot_be_compared_is_refused_before_anything_is_measured(
+    demo_base: Path, demo_bundle: Path, demo_audio: list[tuple[Path, str, str]], checkpoint: Path, tmp_path: Path
+) -> None:
+    path, text, _ = demo_audio[0]
+    soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 31), 16000)
+    lines = [{"file_name": str(path), "text": text}, {"file_name": "long.wav", "text": text}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=r"1 of 2 utterances are not between .* first long.wav"):
+        run_peers(PeersOptions(model=str(demo_base), speech=tmp_path, bundle=demo_bundle), _never)
+    with pytest.raises(OptionError, match="Give a bundle of that model"):
+        run_peers(PeersOptions(model=str(checkpoint), speech=tmp_path, bundle=demo_bundle), _never)
+
+
+def _never(text: str) -> None:
+    raise AssertionError(text)  # whoever logs has begun to work
+
+
 def test_speech_has_word_errors_beside_time(
     demo_base: Path, demo_bundle: Path, demo_audio: list[tuple[Path, str, str]], cache: Path, tmp_path: Path
 ) -> None:
     lines = [json.dumps({"file_name": str(path), "text": text}) for path, text, _ in demo_audio[:4]]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     arguments = ["peers", "--model", demo_base, "--domains", "none", "--speech", tmp_path, "--bundle", demo_bundle]
-    arguments += ["--precision", "fp32", "--repeats", 1, "--warmup", 0, "--output", tmp_path / "r.json"]
+    arguments += ["--precision", "fp32,int8", "--repeats", 1, "--warmup", 0, "--output", tmp_path / "r.json"]
     done = _command(cache, *arguments, "--peers", "transformers,ctranslate2,das,das-hypothesis")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
@@ -203,7 +293,9 @@ def test_speech_has_word_errors_beside_time(
     assert (speech["clips"], result["runs"]) == (4, [])
     heard = speech["runs"]
     assert {"transformers fp32", "das fp32 K=0", "das fp32 K=3", "das-hypothesis fp32 K=3"} <= heard.keys()
-    alone = [heard[name] for name in heard if name.endswith("K=0") or not name.startswith("das")]
+    lacking = {(item["engine"], item["precision"]): item["reason"] for item in speech["refused"]}
+    assert lacking["das", "int8"] == "--bundle has fp32 and no int8"
+    alone = [heard[name] for name in heard if "fp32" in name and ("K=" not in name or "K=0" in name)]
     assert len({(item["wer"], item["tokens"]) for item in alone}) == 1  # the base alone writes the same everywhere
     assert 0 <= heard["das-hypothesis fp32 K=3"]["wer"] <= alone[0]["wer"] < 0.5
     assert "x CTranslate2" in render_peers([result])

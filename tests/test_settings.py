@@ -13,7 +13,7 @@ from das_asr.benchmarks.cli import main
 from das_asr.benchmarks.replay import Trace
 from das_asr.benchmarks.settings import context_settings, pruning_settings
 from das_asr.benchmarks.wer_result import read_report
-from das_asr.runtime import DecodingOptions
+from das_asr.runtime import DecodingOptions, Transcriber
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,23 @@ def test_context_reports_what_a_shorter_window_costs(demo_bundle: Path, few: Pat
     assert "| fit 0.5 s |" in text
 
 
+def test_the_first_batch_is_decoded_once_more_before_anything_counts(
+    demo_bundle: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, batches = Transcriber.transcribe_batch, []
+
+    def counted(self: Transcriber, audio: Any, options: DecodingOptions, **choices: Any) -> Any:
+        batches.append((options.audio_context, hash(audio[0].tobytes())))
+        return decode(self, audio, options, **choices)
+
+    monkeypatch.setattr(Transcriber, "transcribe_batch", counted)
+    result, _ = run(demo_bundle, few, tmp_path / "r.json", "context", "--margins", "1")
+    assert len(batches) == 2 * (1 + 6)
+    assert {batches.count(each) for each in batches[:2]} == {2}
+    assert len(set(batches[:2])) == 2
+    assert all(len(runs) == 6 for runs in result["about"]["cost"].values())
+
+
 def test_tables_can_go_to_a_file(demo_bundle: Path, few: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.md"
     _, text = run(demo_bundle, few, tmp_path / "r.json", "context", "--margins", "1", "--markdown", str(table))
@@ -102,7 +119,7 @@ def test_tables_can_go_to_a_file(demo_bundle: Path, few: Path, tmp_path: Path) -
     [
         (["context", "--margins", "wide"], "--margins 'wide' is not a list of numbers"),
         (["context", "--margins", "-1"], "audio_margin is -1.0"),
-        (["prune", "--keep", "1.5"], "--keep '1.5' is not a list of whole numbers"),
+        (["prune", "--keep", "1.5"], "'1.5' is not a list of whole numbers"),
         (["prune", "--keep", "none"], "There is one setting only"),
         (["prune", "--rule", "paper", "--margins", "1"], "prune_margin belongs to rule='hypothesis'"),
         (["prune", "--after", "0"], "prune_after is 0"),

@@ -35,11 +35,19 @@ class Device:
         after.synchronize()
         return float(before.elapsed_time(after)) / 1e3
 
+    def release(self) -> None:
+        """Gives back what PyTorch keeps of systems that are closed or idle, so that it counts for nobody else."""
+        if self.cuda:
+            torch.cuda.synchronize(self.name)
+            torch.cuda.empty_cache()
+
     def memory(self) -> int | None:
-        """Bytes in use on the device by everybody; None where nobody counts."""
+        """Bytes that everybody has taken from the driver; None where nobody counts.
+
+        Whoever runs keeps what it once took, so after a run this holds the peak of every system alike.
+        """
         if not self.cuda:
             return None
         torch.cuda.synchronize(self.name)
-        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.name)
         return int(total - free)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from das_asr.runtime.backends.tensorrt_library import installed_libraries
 from das_asr.runtime.decoding import decode
 from das_asr.runtime.errors import BackendError
 from das_asr.runtime.job import Job
-from das_asr.runtime.manifest import read_manifest, write_manifest
+from das_asr.runtime.manifest import read_manifest
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.peft_checkpoint import read_adapter
 from das_asr.runtime.tokenizer import Tokenizer
@@ -34,11 +33,10 @@ OUR_SYSTEMS = {
     "das-onnxruntime": ("onnxruntime", False),
     "das-onnxruntime-graphs": ("onnxruntime", True),
     "das-ort-tensorrt": ("ort-tensorrt", False),
-    "das-ort-tensorrt-graphs": ("ort-tensorrt", True),
     "das-tensorrt": ("tensorrt", False),
     "das-tensorrt-graphs": ("tensorrt", True),
 }
-"""Backend, and whether steps are recorded as CUDA graphs."""
+"""Backend, and whether steps are recorded as CUDA graphs; ONNX Runtime's TensorRT provider keeps one per session."""
 
 _LARGEST_BATCH = 16  # that engines are built for
 
@@ -49,7 +47,7 @@ class OurSystem:
     def __init__(self, name: str, task: Task, bundle: Path) -> None:
         kind, cuda_graphs = OUR_SYSTEMS[name]
         if kind == "tensorrt":
-            build_engine(bundle, task.precision)
+            build_engine(bundle, task.precision, task.device)
         self._manifest = read_manifest(bundle)
         # Whether nodes fall back is a question of its own; here it must not keep the rest from being measured.
         options = BackendOptions(task.device, allow_cpu_nodes=True, cuda_graphs=cuda_graphs)
@@ -85,24 +83,17 @@ def prepared_bundle(checkpoint: Path, precisions: tuple[str, ...], log: Callable
 
     It has no adapters: what the comparison needs is loaded onto it, so one bundle serves any number.
     """
-    from das_asr.export.half import HALF_PRECISIONS, write_half
-
-    bundle = bundle_for(checkpoint, (), 1, log)
-    manifest = read_manifest(bundle)
-    for precision in precisions:
-        if precision in HALF_PRECISIONS and not (bundle / precision).is_dir():
-            log(f"writing {precision}")
-            partial = bundle / f".{precision}.partial"
-            write_half(bundle, precision, manifest.dimensions, partial)
-            partial.rename(bundle / precision)
-    present = ("fp32", *(precision for precision in HALF_PRECISIONS if (bundle / precision).is_dir()))
-    if present != manifest.precisions:
-        write_manifest(dataclasses.replace(manifest, precisions=present), bundle)
-    return bundle
+    return bundle_for(checkpoint, (), 1, log, precisions=("fp32", *precisions))
 
 
-def build_engine(bundle: Path, precision: str) -> str:
-    """Builds the engine of a precision for this machine's GPU unless it is there; returns its name.
+def build_engine(bundle: Path, precision: str, device: str, library: str | None = None) -> str:
+    """Builds the engine of a precision for a GPU of this machine unless it is there; returns its name.
+
+    Args:
+        bundle: to build in.
+        precision: of the engine.
+        device: cuda or cuda:N.
+        library: of `LIBRARIES`; None takes the first that is installed.
 
     Raises:
         BackendError: TensorRT is missing, or cannot build for this GPU.
@@ -110,9 +101,11 @@ def build_engine(bundle: Path, precision: str) -> str:
     """
     from das_asr.export import EngineOptions, build_engines
 
-    target, libraries = gpu_target(), installed_libraries()
-    if target is None or not libraries:
-        raise BackendError(f"GPU {target}, TensorRT {' and '.join(libraries) or 'not installed'}: both are needed.")
+    target, libraries = gpu_target(BackendOptions(device).device_id), installed_libraries()
+    chosen = library or next(iter(libraries), None)
+    if target is None or chosen not in libraries:
+        found = " and ".join(libraries) or "not installed"
+        raise BackendError(f"GPU {target}, TensorRT {found}: a GPU and {library or 'TensorRT'} are needed.")
     limits = EngineLimits(max_batch=_LARGEST_BATCH)
-    build_engines(bundle, EngineOptions(targets=(target,), precision=precision, limits=limits, library=libraries[0]))
-    return engine_name(libraries[0], target, precision)
+    build_engines(bundle, EngineOptions(targets=(target,), precision=precision, limits=limits, library=chosen))
+    return engine_name(chosen, target, precision)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from das_asr.benchmarks.lora import adapter_pairs
-from das_asr.benchmarks.models import is_multilingual, prompt_ids, read_json
+from das_asr.benchmarks.baselines import generate_options
+from das_asr.benchmarks.lora import Pairs, loop_adapters
+from das_asr.benchmarks.models import prompt_ids, read_json
+from das_asr.benchmarks.torchloop import Suppression
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +75,7 @@ class TorchSystem(ABC):
         ).eval()
         self._config = read_json(task.checkpoint / "generation_config.json")
         self._prompt = torch.tensor(prompt_ids(task.checkpoint), device=task.device)
+        self._suppression = Suppression.of(self._config, self.model.config.vocab_size, task.device)
         self._adapt()
         self.model.to(task.device)
 
@@ -97,11 +99,7 @@ class Generate(TorchSystem):
     """`generate` on the base."""
 
     def _decode(self, features: Tensor, tokens: int) -> list[list[int]]:
-        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": False, "use_cache": True}
-        options |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
-        if is_multilingual(self._config):
-            options |= {"language": "en", "task": "transcribe"}
-        written = self.model.generate(features, **options)
+        written = self.model.generate(features, **generate_options(self._config, tokens))
         return [utterance[-tokens:] for utterance in written.tolist()]
 
 
@@ -132,13 +130,11 @@ class RowSystem(TorchSystem):
 
         decoder, head, rows = self.model.get_decoder(), self.model.get_output_embeddings(), self.task.rows
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        always, first = self._suppressed()
         ids, written = self._prompt.expand(len(states), -1), []
         for step in range(tokens):
             output = decoder(input_ids=ids, encoder_hidden_states=states, past_key_values=cache, use_cache=True)
-            logits = head(output.last_hidden_state[:, -1]).float().index_fill_(1, always, -torch.inf)
-            if not step:
-                logits.index_fill_(1, first, -torch.inf)
+            logits = head(output.last_hidden_state[:, -1]).float()
+            self._suppression.apply(logits, step)
             top, best = logits.max(dim=-1)
             confidences = (logits - top[:, None]).exp_().sum(dim=-1).reciprocal_().view(-1, rows)
             row = paper_rows(confidences, TAU)
@@ -146,27 +142,17 @@ class RowSystem(TorchSystem):
             ids = written[-1].repeat_interleave(rows, dim=0)
         return torch.cat(written, dim=1)
 
-    def _suppressed(self) -> tuple[Tensor, Tensor]:
-        """Ids that are never written, end-of-text among them, and those that are not written first."""
-        timestamps = range(int(self._config["no_timestamps_token_id"]) + 1, self.model.config.vocab_size)
-        never = [*(self._config.get("suppress_tokens") or []), int(self._config["eos_token_id"]), *timestamps]
-        first = self._config.get("begin_suppress_tokens") or []
-        lists = (torch.tensor(ids, dtype=torch.int64, device=self.task.device) for ids in (never, first))
-        return next(lists), next(lists)
-
 
 class SequentialLora(RowSystem):
     """The paper's sequential LoRA."""
 
     def _adapt(self) -> None:
-        rows, adapters = self.task.rows, [dict(adapter_pairs(folder)) for folder in self.task.adapters]
-        for name in set().union(*adapters):
-            parent, _, child = name.rpartition(".")
-            linear = self.model.get_submodule(name)
-            pairs = [adapter[name] for adapter in adapters]
-            shared = PerUtterance(linear, rows) if name.endswith("encoder_attn.v_proj") else linear
-            setattr(self.model.get_submodule(parent), child, LoopedRows(shared, pairs, linear.weight.dtype))
-        _share_keys(self.model, rows)
+        loop_adapters(self.model, self.task.adapters, self._wrap)
+        _share_keys(self.model, self.task.rows)
+
+    def _wrap(self, name: str, linear: nn.Module, pairs: Pairs) -> nn.Module:
+        shared = PerUtterance(linear, self.task.rows) if name.endswith("encoder_attn.v_proj") else linear
+        return LoopedRows(shared, pairs, self.model.dtype)
 
 
 class PeftMixed(RowSystem):
@@ -211,7 +197,7 @@ class PerUtterance(nn.Module):
 class LoopedRows(nn.Module):
     """`y[b, i] = W x[b, i] + (x[b, i] A_i) B_i`: one batched base product, then a loop over the adapters."""
 
-    def __init__(self, base: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    def __init__(self, base: nn.Module, pairs: Pairs, dtype: torch.dtype) -> None:
         """Wraps a layer; of each adapter A [D, r] and B [r, D], the scale folded into B."""
         super().__init__()
         self.base = base

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from das_asr.benchmarks.figures import summary
 from das_asr.benchmarks.gpu.clock import Device
 from das_asr.benchmarks.gpu.floor import count_kernels, step_bytes
 from das_asr.benchmarks.gpu.ours import OUR_SYSTEMS, OurSystem, prepared_bundle
 from das_asr.benchmarks.gpu.pytorch import PYTORCH_SYSTEMS, Task
 from das_asr.benchmarks.models import adapter_folders
-from das_asr.benchmarks.timing import summarize
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import Manifest, read_manifest
 
@@ -88,9 +88,8 @@ class System(Protocol):
         ...
 
 
-def measure_table(plan: Plan, log: Log) -> list[dict[str, Any]]:
+def measure_table(plan: Plan, log: Log) -> Iterator[dict[str, Any]]:
     """One record per system, precision, batch and number of domains; what failed has `error` instead of figures."""
-    records = []
     ours = any(name in OUR_SYSTEMS for name in plan.systems)
     bundle = prepared_bundle(plan.checkpoint, plan.precisions, log) if ours else None
     for precision in plan.precisions:
@@ -100,9 +99,8 @@ def measure_table(plan: Plan, log: Log) -> list[dict[str, Any]]:
             for batch in plan.batches:
                 log(f"{precision}, {domains} domains, batch {batch}")
                 for record in _compare(plan, task, batch, bundle):
-                    records.append({"precision": precision, "domains": domains, "batch": batch, **record})
-                    log(_line(records[-1]))
-    return records
+                    log(_line(record))
+                    yield {"precision": precision, "domains": domains, "batch": batch, **record}
 
 
 def _compare(plan: Plan, task: Task, batch: int, bundle: Path | None) -> Iterator[dict[str, Any]]:
@@ -113,6 +111,7 @@ def _compare(plan: Plan, task: Task, batch: int, bundle: Path | None) -> Iterato
         if reason := _unfit(name, task):
             yield {"system": name, "error": reason}
             continue
+        device.release()
         before = device.memory()
         try:
             opened[name] = _open(name, task, bundle)
@@ -128,7 +127,7 @@ def _compare(plan: Plan, task: Task, batch: int, bundle: Path | None) -> Iterato
     try:
         times = _take_turns(plan, device, opened, features)
         for name, system in opened.items():
-            record = {"system": name, **_numbers(plan, times[name], task), "memory_bytes": memory[name]}
+            record = {"system": name, **_numbers(plan, times[name], task, batch), "memory_bytes": memory[name]}
             record["tokens"] = system.transcribe(features, plan.tokens)[0]
             if device.cuda and name in OUR_SYSTEMS and bundle is not None:
                 record |= _step(plan, task, batch, system, features, read_manifest(bundle))
@@ -182,25 +181,19 @@ def _take_turns(
     return times
 
 
-def _numbers(plan: Plan, times: Mapping[int, Sequence[float]], task: Task) -> dict[str, Any]:
-    """Milliseconds of the whole and of a step, and the real-time factor."""
+def _numbers(plan: Plan, times: Mapping[int, Sequence[float]], task: Task, batch: int) -> dict[str, Any]:
+    """Milliseconds of the whole batch and of a step, and the real-time factor over the audio of all its utterances."""
     from das_asr.benchmarks.audio import window_audio
     from das_asr.benchmarks.models import SAMPLE_RATE
 
     more = plan.tokens - plan.short
     steps = [(long - short) / more for short, long in zip(times[plan.short], times[plan.tokens], strict=True)]
-    total = statistics.median(times[plan.tokens])
+    audio = batch * len(window_audio(task.checkpoint)) / SAMPLE_RATE
     return {
-        "total_ms": _summary(times[plan.tokens]),
-        "step_ms": _summary(steps),
-        "rtf": total / (len(window_audio(task.checkpoint)) / SAMPLE_RATE),
+        "total_ms": summary(times[plan.tokens]),
+        "step_ms": summary(steps),
+        "rtf": statistics.median(times[plan.tokens]) / audio,
     }
-
-
-def _summary(seconds: Sequence[float]) -> dict[str, float]:
-    summary = summarize([1e3 * value for value in seconds])
-    assert summary is not None
-    return vars(summary)
 
 
 def _step(

@@ -21,7 +21,7 @@ from das_asr.runtime.manifest import AudioFrontEnd
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["COMPUTE_TYPES", "ENGINE", "convert_checkpoint", "most_length", "suppressed"]
+__all__ = ["COMPUTE_TYPES", "ENGINE", "convert_checkpoint", "most_length", "starts_with_words", "suppressed"]
 
 COMPUTE_TYPES = {"fp32": "float32", "int8": "int8"}
 
@@ -48,6 +48,14 @@ def suppressed(checkpoint: Path, tokens: int | None) -> list[int]:
     return [*(config.get("suppress_tokens") or []), *forced]
 
 
+def starts_with_words(checkpoint: Path) -> bool:
+    """Whether a text may not begin with a blank or its end, as the checkpoint's `begin_suppress_tokens` have it.
+
+    Peers have a switch for this and not a list; what it suppresses is what the published models list.
+    """
+    return bool(read_json(checkpoint / "generation_config.json").get("begin_suppress_tokens"))
+
+
 class _System:
     def __init__(self, work: Work, folder: Path) -> None:
         import ctranslate2  # pyright: ignore[reportMissingImports]
@@ -65,7 +73,7 @@ class _System:
         self._options = {
             "beam_size": 1,
             "max_length": most_length(work.tokens, positions),
-            "suppress_blank": False,
+            "suppress_blank": starts_with_words(work.checkpoint),
             "suppress_tokens": suppressed(work.checkpoint, work.tokens),
         }
 

@@ -7,7 +7,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from das_asr.benchmarks.models import is_multilingual, prompt_ids, read_json
-from das_asr.benchmarks.peers.ctranslate import COMPUTE_TYPES, convert_checkpoint, most_length, suppressed
+from das_asr.benchmarks.peers.ctranslate import (
+    COMPUTE_TYPES,
+    convert_checkpoint,
+    most_length,
+    starts_with_words,
+    suppressed,
+)
 from das_asr.benchmarks.systems import System, Work
 from das_asr.benchmarks.timing import Utterance
 
@@ -65,7 +71,7 @@ class _System:
             "no_speech_threshold": None,
             "log_prob_threshold": None,
             "compression_ratio_threshold": None,
-            "suppress_blank": False,
+            "suppress_blank": starts_with_words(work.checkpoint),
             "suppress_tokens": suppressed(work.checkpoint, work.tokens),
             "max_new_tokens": most_length(work.tokens, int(positions["max_target_positions"])) - len(prompt),
         }

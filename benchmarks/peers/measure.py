@@ -22,12 +22,14 @@ from das_asr.benchmarks.machine import quiet_libraries
 from das_asr.benchmarks.models import SAMPLE_RATE, check_length, prompt_ids, resolve_model
 from das_asr.benchmarks.peers.engines import ENGINES, UnavailableError
 from das_asr.benchmarks.peers.process import SideProcess
-from das_asr.benchmarks.peers.sides import Log, PeersOptions, Prepared, Refused, Side, plan, prepare
-from das_asr.benchmarks.peers.speech import Heard, measure_speech
+from das_asr.benchmarks.peers.sides import Log, PeersOptions, Prepared, Refused, Side, bare_name, plan, prepare
+from das_asr.benchmarks.peers.speech import Heard, measure_speech, read_speech
 from das_asr.benchmarks.rates import measure_rates
 from das_asr.benchmarks.rtf import interleave
 from das_asr.benchmarks.timing import Utterance
+from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import read_manifest
+from das_asr.runtime.utterances import Utterance as Labelled
 
 __all__ = ["YARDSTICKS", "open_sides", "prepare_peers", "run_peers"]
 
@@ -37,11 +39,12 @@ YARDSTICKS = ("ctranslate2 fp32", "ctranslate2 int8", "transformers fp32")
 
 def run_peers(options: PeersOptions, log: Log) -> dict[str, Any]:
     """Converts, measures, and returns what the results file holds beside machine and options."""
+    speech = _checked_speech(options)
     prepared = prepare_peers(options, log)
     checkpoint = prepared.checkpoint
     rates = measure_rates(options.threads)
     forced, refused = _forced(prepared, options, log) if options.domains else ([], list(prepared.refused))
-    free = _free(prepared, options, log) if options.speech else None
+    free = _free(prepared, speech, options, log) if speech else None
     rates = rates.best(measure_rates(options.threads))
     return {
         "window_seconds": len(window_audio(checkpoint)) / SAMPLE_RATE,
@@ -50,6 +53,26 @@ def run_peers(options: PeersOptions, log: Log) -> dict[str, Any]:
         "refused": [asdict(item) for item in refused],
         "speech": free,
     }
+
+
+def _checked_speech(options: PeersOptions) -> tuple[Labelled, ...]:
+    """The labelled speech, if any; it and the bundle are checked before hours are spent on the rest.
+
+    Raises:
+        DataError: a clip cannot be used.
+        OptionError: the bundle is of another base.
+    """
+    from das_asr.export.checkpoint import load_checkpoint
+
+    if options.speech is None:
+        return ()
+    checkpoint = load_checkpoint(resolve_model(options.model))
+    if options.bundle is not None and (base := read_manifest(options.bundle).base).sha256 != checkpoint.sha256:
+        raise OptionError(
+            f"--bundle {options.bundle} was exported from {base.id} with weights {base.sha256[:12]}..., --model "
+            f"{options.model} has {checkpoint.sha256[:12]}... Give a bundle of that model."
+        )
+    return read_speech(options.speech, checkpoint.audio.window_seconds)
 
 
 def prepare_peers(options: PeersOptions, log: Log) -> Prepared:
@@ -112,10 +135,12 @@ def _forced(prepared: Prepared, options: PeersOptions, log: Log) -> tuple[list[d
 
 
 def _record(side: Side, taken: Mapping[str, Sequence[Utterance]], seconds: float) -> dict[str, Any]:
-    mine = _from_features(taken[side.name])
+    mine, divisors = _from_features(taken[side.name]), list(YARDSTICKS)
+    if ENGINES[side.engine].domains:
+        divisors.append(bare_name(side.precision))
     record = {**asdict(side), "side": side.name, **figures(taken[side.name], seconds)}
     record["from_features_ms"] = summary(mine)
-    record["ratios"] = {name: ratios(mine, _from_features(taken[name])) for name in YARDSTICKS if name in taken}
+    record["ratios"] = {name: ratios(mine, _from_features(taken[name])) for name in divisors if name in taken}
     record["agreement"] = _agreement(side, taken)
     return record
 
@@ -140,20 +165,21 @@ def _history(name: str) -> str:
     return "base" if not domains or domains == ["K=0"] else f"{engine} {domains[0]}"
 
 
-def _free(prepared: Prepared, options: PeersOptions, log: Log) -> dict[str, Any]:
-    assert options.speech is not None
+def _free(prepared: Prepared, speech: Sequence[Labelled], options: PeersOptions, log: Log) -> dict[str, Any]:
     bundles = dict(prepared.bundles)
-    counts = [0]
+    counts = {0}
     if options.bundle is not None:
-        manifest = read_manifest(options.bundle)
-        counts.append(manifest.rows - 1)
-        bundles[manifest.rows - 1] = options.bundle
+        domains = read_manifest(options.bundle).rows - 1
+        counts.add(domains)
+        bundles[domains] = options.bundle
     prepared = Prepared(prepared.checkpoint, bundles, prepared.folders, prepared.refused)
-    sides = [side for side in plan(options, counts) if _has(side, bundles)]
+    planned = list(plan(options, sorted(counts)))
+    lacking = {side: reason for side in planned if (reason := _lack(side, bundles))}
+    sides = [side for side in planned if side not in lacking]
     with open_sides(sides, prepared, options, None, log) as (opened, refused):
         named = {side.name: process for side, process in opened.items()}
         heard: dict[str, Heard]
-        found, heard = measure_speech(named, prepared.checkpoint, options.speech, options.repeats, options.warmup)
+        found, heard = measure_speech(named, prepared.checkpoint, speech, options.repeats, options.warmup)
         for name, item in heard.items():
             item["ratios"] = {
                 yardstick: ratios(item["seconds"], heard[yardstick]["seconds"])
@@ -161,11 +187,13 @@ def _free(prepared: Prepared, options: PeersOptions, log: Log) -> dict[str, Any]
                 if yardstick in heard
             }
             log(f"{name:28} WER {100 * item['wer']:.1f} %, RTF {item['rtf']:.4f}")
+    refused += [Refused(side.engine, side.precision, reason) for side, reason in lacking.items()]
     return {**found, "runs": heard, "refused": [asdict(item) for item in refused]}
 
 
-def _has(side: Side, bundles: Mapping[int, Path]) -> bool:
-    """Whether a bundle of the user's has the precision."""
+def _lack(side: Side, bundles: Mapping[int, Path]) -> str | None:
+    """Why a bundle of the user's cannot be a side's: it lacks the precision."""
     if not ENGINES[side.engine].domains:
-        return True
-    return side.precision in read_manifest(bundles[side.domains]).precisions
+        return None
+    present = read_manifest(bundles[side.domains]).precisions
+    return None if side.precision in present else f"--bundle has {', '.join(present)} and no {side.precision}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from das_asr.benchmarks.models import read_json
-from das_asr.benchmarks.peers.ctranslate import suppressed
+from das_asr.benchmarks.peers.ctranslate import starts_with_words, suppressed
 from das_asr.benchmarks.peers.engines import UnavailableError
 from das_asr.benchmarks.systems import System, Work
 from das_asr.benchmarks.timing import Utterance
@@ -69,7 +69,7 @@ class _System:
             without_timestamps=True,
             sample_len=work.tokens,
             suppress_tokens=suppressed(work.checkpoint, work.tokens),
-            suppress_blank=False,
+            suppress_blank=starts_with_words(work.checkpoint),
             fp16=False,
         )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from das_asr.benchmarks.models import SAMPLE_RATE, is_multilingual, read_json
+from das_asr.benchmarks.baselines import generate_options
+from das_asr.benchmarks.models import SAMPLE_RATE, read_json
 from das_asr.benchmarks.systems import System, Work
 from das_asr.benchmarks.timing import Utterance
 
@@ -40,11 +41,7 @@ class _System:
         self._extractor = WhisperFeatureExtractor.from_pretrained(work.checkpoint, local_files_only=True)
         config = read_json(work.checkpoint / "generation_config.json")
         self._end = int(config["eos_token_id"])
-        self._options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": False}
-        if is_multilingual(config):
-            self._options |= {"language": "en", "task": "transcribe"}
-        if work.tokens is not None:
-            self._options |= {"min_new_tokens": work.tokens, "max_new_tokens": work.tokens}
+        self._options = generate_options(config, work.tokens)
         self._encoder = 0.0
         self._model.encoder.forward = self._timed(self._model.encoder.forward)
 

@@ -1,19 +1,22 @@
 """Tables from the results of `das-bench peers`: pure functions from results to Markdown.
 
-Several results of the same model, one per number of threads, make one report.
+Several results of the same comparison, one per number of threads, make one report.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from das_asr.benchmarks.floor_report import floor_section
 from das_asr.benchmarks.models import BASE_RANDOM
 from das_asr.benchmarks.peers.engines import ENGINES
+from das_asr.benchmarks.peers.sides import bare_name
 from das_asr.benchmarks.rates import Rates
 from das_asr.benchmarks.report import PAPER_TABLE_VI
 from das_asr.benchmarks.wer_report import markdown_table
+from das_asr.runtime.errors import OptionError
 
 __all__ = ["PEERS_MARKERS", "TARGETS", "ratio_to_base", "render_peers", "render_peers_table", "targets_of"]
 
@@ -29,12 +32,19 @@ TARGETS: dict[tuple[str, int], dict[int, float]] = {
 
 SHARED, OWN = "das", "das-hypothesis"
 
+MAY_DIFFER = ("threads", "spinning", "speech", "bundle")
+"""Arguments of results that make one report; speech has a table for each."""
+
 Record = Mapping[str, Any]
 Result = Mapping[str, Any]
 
 
 def render_peers_table(results: Sequence[Result]) -> str:
-    """For the README: where we stand against CTranslate2, what adapters cost, and the peers."""
+    """For the README: where we stand against CTranslate2, what adapters cost, and the peers.
+
+    Raises:
+        OptionError: the results are not of one comparison.
+    """
     forced = _by_threads(results)
     parts = [_caption(forced), *_standing(forced)] if forced else []
     for result in forced:
@@ -58,10 +68,14 @@ def render_peers(results: Sequence[Result]) -> str:
 def ratio_to_base(result: Result, engine: str, precision: str, domains: int) -> float | None:
     """Our time from features to tokens over that of CTranslate2 on the base alone, at the same precision."""
     # Without adapters both histories are one.
-    name = SHARED if domains == 0 else engine
+    return _ratio(result, SHARED if domains == 0 else engine, precision, domains, f"ctranslate2 {precision}")
+
+
+def _ratio(result: Result, engine: str, precision: str, domains: int, divisor: str) -> float | None:
+    """The median of the ratios of one side to another within a repeat; None where there are none."""
     for record in result["runs"]:
-        if (record["engine"], record["precision"], record["domains"]) == (name, precision, domains):
-            ratio = record["ratios"].get(f"ctranslate2 {precision}")
+        if (record["engine"], record["precision"], record["domains"]) == (engine, precision, domains):
+            ratio = record["ratios"].get(divisor)
             return None if ratio is None else float(ratio["median"])
     return None
 
@@ -100,7 +114,10 @@ def _standing(results: Sequence[Result]) -> Iterator[str]:
         ]
         paper = PAPER_TABLE_VI.get(count, {}).get("parallel")
         rows.append([str(count), "-" if paper is None else f"{100 * paper:.1f}", *cells])
-    yield "What K adapters add to our own time without any, in %, beside the DAS paper's (V100 GPU, arXiv 2501.12501):"
+    yield (
+        f"What K adapters add to our own time without any, in % ({_how(results)}), beside the DAS paper's (V100 GPU, "
+        "arXiv 2501.12501):"
+    )
     yield markdown_table(["K", "paper", *(f"{kind}, {name}" for kind in ("shared", "own") for name in head[1:])], rows)
 
 
@@ -113,8 +130,18 @@ def _aimed(result: Result, engine: str, precision: str, domains: int) -> str:
 
 
 def _overhead(result: Result, engine: str, precision: str, domains: int) -> str:
-    adapted, bare = (ratio_to_base(result, engine, precision, count) for count in (domains, 0))
-    return "-" if adapted is None or bare is None else f"{100 * (adapted / bare - 1):.1f}"
+    ratio = _ratio(result, engine, precision, domains, bare_name(precision))
+    if ratio is None:  # as in results of before this was recorded
+        adapted, bare = (ratio_to_base(result, engine, precision, count) for count in (domains, 0))
+        ratio = None if adapted is None or bare is None else adapted / bare
+    return "-" if ratio is None else f"{100 * (ratio - 1):.1f}"
+
+
+def _how(results: Sequence[Result]) -> str:
+    """What the overheads are; those of older results are not taken within the repeats."""
+    ours = [record for result in results for record in result["runs"] if ENGINES[record["engine"]].domains]
+    within = all(bare_name(record["precision"]) in record["ratios"] for record in ours)
+    return "medians of the ratios within a repeat" if within else "quotients of the medians above"
 
 
 # --- Peers ---
@@ -207,8 +234,11 @@ def _title(record: Record) -> str:
 def _caption(results: Sequence[Result]) -> str:
     first = results[0]
     machine, arguments = first["machine"], first["arguments"]
-    versions = {name: text for record in first["runs"] for name, text in record["versions"].items()}
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    versions: dict[str, dict[str, None]] = {}  # the sides may have several of one package
+    for record in (record for result in results for record in result["runs"]):
+        for name, version in record["versions"].items():
+            versions.setdefault(name, {})[version] = None
+    packages = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
     return (
         f"{arguments['model']}, LoRA rank {arguments['rank']}, {first['window_seconds']:g} s of audio, "
         f"{arguments['tokens']} tokens, on {machine['processor']} ({machine['architecture']}, {machine['cores']} "
@@ -228,5 +258,24 @@ def _threads(result: Result) -> str:
 
 
 def _by_threads(results: Sequence[Result]) -> list[Result]:
-    """Those with a forced comparison."""
-    return sorted((result for result in results if result["runs"]), key=lambda result: result["arguments"]["threads"])
+    """Those with a forced comparison.
+
+    Raises:
+        OptionError: they differ in more than threads, so one caption would not be true of all.
+    """
+    forced = sorted((result for result in results if result["runs"]), key=lambda result: result["arguments"]["threads"])
+    settings = [_settings(result) for result in forced]
+    for one, other in pairwise(settings):
+        names = one.keys() | other.keys()
+        if wrong := sorted(name for name in names if one.get(name) != other.get(name)):
+            raise OptionError(
+                f"One result has {wrong[0]} {one.get(wrong[0])!r}, another {other.get(wrong[0])!r}. Make a report of "
+                "each: results of one report differ in threads and spinning only."
+            )
+    return forced
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    """What the caption and all tables have in common."""
+    machine = {name: result["machine"][name] for name in ("processor", "architecture", "cores")}
+    return machine | {name: value for name, value in result["arguments"].items() if name not in MAY_DIFFER}

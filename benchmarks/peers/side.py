@@ -11,11 +11,9 @@ What cannot be done is answered by {"refused": reason}.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,13 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from das_asr.benchmarks.children import end_with_parent
 from das_asr.benchmarks.peers.engines import ENGINES, load_engine, versions_of
 from das_asr.benchmarks.systems import Work
 from das_asr.runtime.errors import DasError
 
 __all__ = ["main"]
-
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
 def main() -> None:
@@ -38,9 +35,7 @@ def main() -> None:
     # What libraries print, from C as well, must not end up among the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if sys.platform == "linux":
-        # A stopped process would outlive a parent that was killed.
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_parent()  # a stopped process would not see that its input is closed
     sys.excepthook = functools.partial(_answer_trace, answers)
     specification = json.loads(sys.stdin.buffer.readline())
     try:

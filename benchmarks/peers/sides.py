@@ -15,7 +15,7 @@ from das_asr.benchmarks.worker import check_threads
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import sha256_of
 
-__all__ = ["PRECISIONS", "PeersOptions", "Prepared", "Refused", "Side", "plan", "prepare"]
+__all__ = ["PRECISIONS", "PeersOptions", "Prepared", "Refused", "Side", "bare_name", "plan", "prepare"]
 
 PRECISIONS = ("fp32", "int8")
 HALF = "fp16"  # of peers that have nothing wider; compared whenever fp32 is
@@ -95,6 +95,11 @@ class Side:
         """Such as `ctranslate2 int8` or `das fp32 K=3`."""
         domains = f" K={self.domains}" if ENGINES[self.engine].domains else ""
         return f"{self.engine} {self.precision}{domains}"
+
+
+def bare_name(precision: str) -> str:
+    """The side that the runtime without adapters is, whatever the histories."""
+    return Side("das", precision).name
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ audio and gives tokens; features and encoder are run once more behind each utter
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from das_asr.benchmarks.children import run_child
 from das_asr.benchmarks.models import read_json
+from das_asr.benchmarks.peers.ctranslate import starts_with_words
 from das_asr.benchmarks.peers.engines import UnavailableError
 from das_asr.benchmarks.peers.openai import check_vocabulary
 from das_asr.benchmarks.systems import System, Work
@@ -47,7 +48,7 @@ class _System:
             "no_timestamps": True,
             "no_context": True,
             "print_progress": False,
-            "suppress_blank": False,
+            "suppress_blank": starts_with_words(work.checkpoint),
             "greedy": {"best_of": 1},
             "temperature": 0.0,
             "temperature_inc": 0.0,
@@ -102,7 +103,7 @@ class _WhisperCpp:
             _as_expected(checkpoint, Path(scratch))
             filters = Path(str(whisper.__file__)).parent.parent
             command = [sys.executable, str(whisper_cpp / SCRIPT), scratch, str(filters), str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = run_child(command)
         if done.returncode:
             raise UnavailableError(f"its converter failed: {done.stderr.strip().splitlines()[-1]}")
 
