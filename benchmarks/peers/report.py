@@ -40,29 +40,35 @@ Result = Mapping[str, Any]
 
 
 def render_peers_table(results: Sequence[Result]) -> str:
-    """For the README: where we stand against CTranslate2, what adapters cost, and the peers.
+    """For the README: the peers, and DAS with shared history, where own histories take the same time.
 
     Raises:
         OptionError: the results are not of one comparison.
     """
     forced = _by_threads(results)
-    parts = [_caption(forced), *_standing(forced)] if forced else []
+    parts = [_caption(forced)] if forced else []
     for result in forced:
-        parts += [_threads_line(result), _peers(result)]
+        parts += [_threads_line(result), _peers({**result, "runs": _without_own(result)})]
     parts += [part for result in results if result["speech"] for part in _speech(result)]
     return "\n\n".join(parts)
 
 
 def render_peers(results: Sequence[Result]) -> str:
-    """Everything: the README's tables, the parts of an utterance, the floor, memory, and who could not take part."""
-    parts = ["# Peers", render_peers_table(results)]
-    for result in _by_threads(results):
-        parts += [f"## {_threads_line(result)}", "Parts of an utterance:", _parts(result)]
+    """Everything: where we stand, all times, parts of an utterance, the floor, memory, and who could not take part."""
+    forced = _by_threads(results)
+    parts = ["# Peers", *([_caption(forced), *_standing(forced)] if forced else [])]
+    parts += [part for result in results if result["speech"] for part in _speech(result)]
+    for result in forced:
+        parts += [f"## {_threads_line(result)}", _peers(result), "Parts of an utterance:", _parts(result)]
         named = [(_title(record), record) for record in result["runs"]]
         parts += floor_section(named, Rates(**result["rates"]), result["arguments"]["threads"])
         parts += [*_memory(result)]
     parts += [_refused(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _without_own(result: Result) -> list[Record]:
+    return [record for record in result["runs"] if record["engine"] != OWN]
 
 
 def ratio_to_base(result: Result, engine: str, precision: str, domains: int) -> float | None:
