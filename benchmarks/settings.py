@@ -5,9 +5,9 @@
     print(render_settings(WerStatistics(report)))
 
 Every batch is decoded under all settings in turn, in a rotated order, before the next one; the first once more before
-all, for nothing. The result is a `WerReport` whose systems are the settings; `about["cost"]` has what each batch cost under
-each of them and the rows of every step, and `about["changed_tokens"]` how many of the tokens of a set are others than
-under the first setting.
+all, for nothing. The result is a `WerReport` whose systems are the settings; `about["cost"]` has what each batch cost
+under each of them and the rows of every step, and `about["changed_tokens"]` how many of the tokens of a set are others
+than under the first setting.
 """
 
 from __future__ import annotations
