@@ -18,7 +18,7 @@ from das_asr.benchmarks.report import PAPER_TABLE_VI
 from das_asr.benchmarks.wer_report import markdown_table
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["PEERS_MARKERS", "TARGETS", "ratio_to_base", "render_peers", "render_peers_table", "targets_of"]
+__all__ = ["PEERS_MARKERS", "TARGETS", "ratio_to_base", "render_peers", "render_peers_table", "standing", "targets_of"]
 
 PEERS_MARKERS = ("<!-- peers:begin -->", "<!-- peers:end -->")
 
@@ -56,7 +56,7 @@ def render_peers_table(results: Sequence[Result]) -> str:
 def render_peers(results: Sequence[Result]) -> str:
     """Everything: where we stand, all times, parts of an utterance, the floor, memory, and who could not take part."""
     forced = _by_threads(results)
-    parts = ["# Peers", *([_caption(forced), *_standing(forced)] if forced else [])]
+    parts = ["# Peers", *([_caption(forced), *standing(forced)] if forced else [])]
     parts += [part for result in results if result["speech"] for part in _speech(result)]
     for result in forced:
         parts += [f"## {_threads_line(result)}", _peers(result), "Parts of an utterance:", _parts(result)]
@@ -97,7 +97,8 @@ def targets_of(result: Result, precision: str) -> dict[int, float]:
 # --- Where we stand ---
 
 
-def _standing(results: Sequence[Result]) -> Iterator[str]:
+def standing(results: Sequence[Result]) -> Iterator[str]:
+    """Our times over CTranslate2's, and what adapters add to ours: paragraphs and tables."""
     if not any("das" in record["engine"] for result in results for record in result["runs"]):
         return
     columns = [(precision, result) for precision in ("fp32", "int8") for result in results]
