@@ -135,9 +135,8 @@ def _forced(prepared: Prepared, options: PeersOptions, log: Log) -> tuple[list[d
 
 
 def _record(side: Side, taken: Mapping[str, Sequence[Utterance]], seconds: float) -> dict[str, Any]:
-    mine, divisors = _from_features(taken[side.name]), list(YARDSTICKS)
-    if ENGINES[side.engine].domains:
-        divisors.append(bare_name(side.precision))
+    mine, bare = _from_features(taken[side.name]), bare_name(side.precision)
+    divisors = (*YARDSTICKS, bare) if ENGINES[side.engine].domains else YARDSTICKS
     record = {**asdict(side), "side": side.name, **figures(taken[side.name], seconds)}
     record["from_features_ms"] = summary(mine)
     record["ratios"] = {name: ratios(mine, _from_features(taken[name])) for name in divisors if name in taken}
