@@ -305,7 +305,9 @@ def test_of_two_libraries_one_can_be_named(
     monkeypatch.setattr(tensorrt, "installed_libraries", lambda: ("tensorrt", "tensorrt-rtx"))
     monkeypatch.setattr(tensorrt, "load_library", lambda name: Library(name, "1", None))
     engines = dict.fromkeys(("tensorrt-sm86-fp16", "tensorrt-sm86-fp32"), manifest.engines["tensorrt-rtx-sm86-fp32"])
-    both = dataclasses.replace(manifest, precisions=precisions, engines=engines | manifest.engines)
+    both = dataclasses.replace(
+        manifest, precisions=precisions, engines=dict(sorted((engines | manifest.engines).items()))
+    )
     found, name = choose_engine(Path("bundle"), both, "sm86", None, library)
     assert (f"{found.name}-sm86", name) == (chosen.rpartition("-")[0], chosen)
 
