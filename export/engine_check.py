@@ -61,7 +61,8 @@ def verify_engines(bundle: Path, device: str) -> dict[str, VariantReport]:
     reports = {}
     for name in names:
         _log.info("running %s", name)
-        choices = {"device": device, "backend": "tensorrt", "precision": records[name].precision}
+        record = records[name]
+        choices = {"device": device, "backend": "tensorrt", "precision": record.precision, "library": record.library}
         reports[name] = compare_with_float32(bundle, manifest, choices, samples, ())
         _mark(bundle, name, reports[name])
         _check(name, reports[name])

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.runtime.backends.engine_profiles import Profile
+from das_asr.runtime.backends.graph_defaults import without_defaults
 from das_asr.runtime.backends.tensorrt_library import Library, load_library
 from das_asr.runtime.errors import DasError, ExportError
 from das_asr.runtime.manifest import from_plain
 
-__all__ = ["BuildJob", "build", "main", "parse_network"]
+__all__ = ["BuildJob", "attach_timings", "build", "main", "parse_network"]
 
 _SECONDS_BETWEEN_NEWS = 2.0
 _INT64_NOTICE = "Int64 binding"  # a reminder to bind int64 tensors as such, once for each of them
@@ -94,6 +95,7 @@ def build(job: BuildJob, say: Say) -> list[str]:
     builder = trt.Builder(log)
     network, _parser = parse_network(library, builder, log, Path(job.graph))
     config = _config(job, trt, builder, network)
+    timings = None if job.timing_cache is None else attach_timings(config, Path(job.timing_cache))
     config.progress_monitor = _monitor(trt, say)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
@@ -104,8 +106,8 @@ def build(job: BuildJob, say: Say) -> list[str]:
         )
     with Path(job.engine).open("wb") as file:
         file.write(memoryview(engine))
-    if job.timing_cache is not None:
-        _replace(Path(job.timing_cache), bytes(config.get_timing_cache().serialize()))
+    if timings is not None and job.timing_cache is not None:
+        _replace(Path(job.timing_cache), bytes(timings.serialize()))
     if job.inspect:
         _inspect(trt, log, engine, Path(job.engine))
     return list(log.warnings)
@@ -117,19 +119,13 @@ def parse_network(library: Library, builder: Any, log: Any, graph: Path) -> tupl
     Every tensor keeps the type that the graph gives it. The parser holds the weights, so it must outlive the network.
 
     Raises:
+        BundleError: the file is no graph.
         ExportError: the library cannot read the graph.
     """
-    import onnx
-
     trt = library.module
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    model = onnx.load(graph, load_external_data=False)
-    fed = {value.name for value in model.graph.input}
-    constants = [item for item in model.graph.initializer if item.name not in fed]
-    del model.graph.initializer[:]  # an input with a default would become a constant
-    model.graph.initializer.extend(constants)
-    if not parser.parse(model.SerializeToString(), str(graph)):
+    if not parser.parse(without_defaults(graph), str(graph)):
         reasons = "; ".join(
             f"{error.node_name()}: {error.desc()}" for error in map(parser.get_error, range(parser.num_errors))
         )
@@ -158,13 +154,21 @@ def _config(job: BuildJob, trt: Any, builder: Any, network: Any) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
     if job.inspect:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if job.timing_cache is not None:
-        file = Path(job.timing_cache)
-        cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
     for profile in job.profiles:
         config.add_optimization_profile(_profile(builder, network, profile))
     return config
+
+
+def attach_timings(config: Any, file: Path) -> Any:
+    """The timings that the builder starts from and adds to; they must outlive the build.
+
+    Those in the file may be of another GPU or driver with the same target, or damaged. Then it starts from none.
+    """
+    timings = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
+    return timings
 
 
 def _profile(builder: Any, network: Any, sizes: Profile) -> Any:

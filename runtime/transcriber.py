@@ -74,6 +74,7 @@ class Transcriber:
         huge_pages: bool = True,
         allow_cpu_nodes: bool = False,
         cuda_graphs: bool = False,
+        library: str | None = None,
         verify_files: bool = True,
         scheduling: SchedulerOptions | None = None,
     ) -> Transcriber:
@@ -90,6 +91,7 @@ class Transcriber:
             huge_pages: see `BackendOptions`.
             allow_cpu_nodes: see `BackendOptions`.
             cuda_graphs: see `BackendOptions`.
+            library: see `BackendOptions`.
             verify_files: compare every file with its hash first.
             scheduling: how `submit` puts requests together.
 
@@ -99,7 +101,7 @@ class Transcriber:
             OptionError: an argument is out of range.
         """
         directory = Path(bundle)
-        options = BackendOptions(device, threads, spinning, huge_pages, allow_cpu_nodes, cuda_graphs)
+        options = BackendOptions(device, threads, spinning, huge_pages, allow_cpu_nodes, cuda_graphs, library)
         manifest = read_manifest(directory)
         if manifest.rule not in RULES:
             raise BundleError(

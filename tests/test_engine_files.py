@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from das_asr.export import engine_check
+from das_asr.export.engine_check import check_engine_files, verify_engines
 from das_asr.runtime.backends.cuda_device import gpu_target
 from das_asr.runtime.backends.engine_files import (
     DECODER_ENGINE,
@@ -22,7 +24,7 @@ from das_asr.runtime.backends.engine_files import (
     read_record,
 )
 from das_asr.runtime.errors import BackendError, BundleError
-from das_asr.runtime.manifest import EngineEntry, Manifest, read_manifest, sha256_of
+from das_asr.runtime.manifest import EngineEntry, Manifest, VariantReport, read_manifest, sha256_of, write_manifest
 from tests.bundles import make_bundle
 from tests.checkpoints import make_base
 
@@ -126,6 +128,31 @@ def test_a_foreign_engine_is_refused_even_if_the_manifest_names_it(bundle: Path,
     manifest = put(bundle, manifest, {DECODER_ENGINE: b"ftrt" + bytes(100)})
     with pytest.raises(BundleError, match="no engine of tensorrt-rtx: it begins with b'ftrt'"):
         read_engine_file(bundle, manifest, NAME, DECODER_ENGINE)
+
+
+def test_what_lies_beside_an_engine_is_no_engine(bundle: Path, manifest: Manifest) -> None:
+    manifest = put(bundle, manifest, {"decoder.layers.json": b"{}"})
+    assert check_engine_files(bundle, manifest) == 3
+
+
+def test_every_librarys_engine_is_verified_with_that_library(
+    bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs them on a GPU is stood in for."""
+    record = dataclasses.replace(read_record(bundle, manifest, NAME), library="tensorrt")
+    content = json.dumps(dataclasses.asdict(record)).encode()
+    write_manifest(put(bundle, manifest, {ENGINE_RECORD: content}, "tensorrt-sm86-fp16"), bundle)
+    ran = []
+
+    def compare(bundle: Path, manifest: Manifest, choices: dict[str, str], *_: object) -> VariantReport:
+        ran.append((choices["library"], choices["precision"]))
+        return VariantReport(100, 0, 0, None, None)
+
+    monkeypatch.setattr(engine_check, "gpu_target", lambda _: "sm86")
+    monkeypatch.setattr(engine_check, "installed_libraries", lambda: ("tensorrt", "tensorrt-rtx"))
+    monkeypatch.setattr(engine_check, "compare_with_float32", compare)
+    assert verify_engines(bundle, "cuda").keys() == {"tensorrt-sm86-fp16", NAME}
+    assert sorted(ran) == [("tensorrt", "fp16"), ("tensorrt-rtx", "fp16")]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from das_asr.export import engines
 from das_asr.export.engine_process import run_build
-from das_asr.export.engine_worker import BuildJob, parse_network
+from das_asr.export.engine_worker import BuildJob, attach_timings, parse_network
 from das_asr.export.half import write_half
 from das_asr.runtime.backends.tensorrt_library import load_library
 from das_asr.runtime.contract import encoder_inputs, static_decoder_inputs
@@ -175,6 +175,27 @@ def test_timings_are_kept_between_builds(as_tensorrt: Path, made: Path, tmp_path
     cache.write_bytes(b"nonsense")
     run_build(job)
     assert cache.read_bytes() != b"nonsense"
+
+
+def test_timings_of_another_gpu_are_not_used(tmp_path: Path) -> None:
+    """TensorRT refuses them when they are attached, which only a GPU shows; here by a configuration that does."""
+    attached = []
+
+    class Config:
+        def create_timing_cache(self, content: bytes) -> bytes:
+            return content
+
+        def set_timing_cache(self, timings: bytes, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            attached.append(timings)
+            return timings in (b"", b"of this GPU")
+
+    file = tmp_path / "timings.bin"
+    for content, expected in ((b"of this GPU", [b"of this GPU"]), (b"of another", [b"of another", b""])):
+        attached.clear()
+        file.write_bytes(content)
+        assert attach_timings(Config(), file) == expected[-1]
+        assert attached == expected
 
 
 # --- A process of its own ---

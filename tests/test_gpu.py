@@ -72,6 +72,7 @@ WAYS = [
     for backend in ("onnxruntime", "ort-tensorrt", "tensorrt")
     for precision in ("fp32", "fp16", "bf16")
     for cuda_graphs in (False, True)
+    if not (cuda_graphs and backend == "ort-tensorrt")
 ]
 
 

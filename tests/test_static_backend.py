@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import dataclasses
+import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +21,14 @@ import pytest
 from das_asr.export.half import write_half
 from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber, Transcription
 from das_asr.runtime.adapter_sets import AdapterSets
-from das_asr.runtime.adapters import Stack
+from das_asr.runtime.adapters import Stack, read_stack
 from das_asr.runtime.backends import BackendOptions, create_backend
 from das_asr.runtime.backends.memory import Buffer, HostMemory
 from das_asr.runtime.backends.onnxruntime_static import load_backend, on_both, open_graphs
 from das_asr.runtime.backends.placement import CPU
-from das_asr.runtime.backends.runner import attended_slots
+from das_asr.runtime.backends.runner import Runner, Turn, attended_slots
 from das_asr.runtime.backends.static import StaticBackend, adapter_tensors
+from das_asr.runtime.backends.workspace import Workspace
 from das_asr.runtime.decoding import Prompt, decode
 from das_asr.runtime.job import Job
 from das_asr.runtime.manifest import read_manifest
@@ -207,6 +212,32 @@ def test_utterances_can_be_decoded_twice(bundle: Path, growing: Transcriber) -> 
         steps = [batch.run(np.array([position]), np.array([ids.shape[2] - 1])) for batch in batches]
 
 
+class MostConfident:
+    """A rule on the host that needs no logits."""
+
+    name = "most confident"
+    needs_logits = False
+
+    def choose(self, step: StepCandidates) -> Any:
+        return step.logprobs.argmax(axis=1)
+
+
+def test_no_steps_are_queued_for_a_host_that_feeds_its_own(
+    bundle: Path, demo_audio: Clips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued: list[Turn] = []
+    queue = Runner.queue
+    monkeypatch.setattr(Runner, "queue", lambda *given: queued.append(queue(*given)) or queued[-1])
+    runs = []
+    for ahead in (False, True):
+        queued.clear()
+        with open_static(bundle, HostMemory(ahead=ahead)) as transcriber:
+            transcriber.transcribe(demo_audio[0][0], rule=MostConfident())
+        runs.append(len(queued))
+    assert runs[0] > 5
+    assert runs[1] == runs[0] + 1  # behind the prompt the host has not yet shown what it does
+
+
 # --- Memory ---
 
 
@@ -242,6 +273,64 @@ def test_too_little_memory_is_an_error_of_one_request(bundle: Path, demo_audio: 
         with pytest.raises(BackendError, match="Out of memory"):
             transcriber.transcribe_batch([demo_audio[0][0]] * 8)
         assert transcriber.transcribe(demo_audio[0][0]).text == expected
+
+
+def test_what_was_warmed_up_is_used(bundle: Path, demo_audio: Clips) -> None:
+    manifest, memory = read_manifest(bundle), CountingMemory()
+    stack = read_stack(bundle, [entry.name for entry in manifest.adapters], manifest.dimensions)
+    backend = open_graphs(bundle, manifest, OPTIONS, memory, on_both({CPU: {}}), stack)
+    backend.warm_up()
+    allocated = memory.allocated
+    assert allocated > 0
+    with Transcriber(manifest, bundle, backend) as transcriber:
+        transcriber.transcribe(demo_audio[0][0])
+        assert memory.allocated == allocated
+        kept = weakref.ref(transcriber._adapters.get(None).loaded)
+        transcriber.unload_adapter("music")
+        gc.collect()
+        assert kept() is None  # with its workspaces
+
+
+class RememberingMemory(HostMemory):
+    """Host memory that knows every buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(ahead=True)
+        self.buffers: list[Buffer] = []
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        self.buffers.append(super().allocate(shape, dtype))
+        return self.buffers[-1]
+
+
+def test_a_request_leaves_nothing_to_the_next(bundle: Path, demo_audio: Clips) -> None:
+    """Not even numbers that are no longer finite, which a weight of 0 does not silence."""
+    memory, dims = RememberingMemory(), read_manifest(bundle).dimensions
+    with open_static(bundle, memory) as transcriber:
+        clip = demo_audio[0][0]
+        expected = texts([transcriber.transcribe(clip)])
+        shape = (dims.decoder_heads, dims.text_positions, dims.head_size)
+        caches = [buffer for buffer in memory.buffers if buffer.shape[1:] == shape]
+        assert len(caches) == 2 * dims.decoder_layers
+        for cache in caches:
+            ctypes.memset(cache.address, 0xFF, cache.nbytes)  # NaN
+        assert texts([transcriber.transcribe(clip)]) == expected
+
+
+def test_what_a_queued_run_reads_on_the_host_is_kept(bundle: Path) -> None:
+    bound: list[Buffer] = []
+
+    class Program:
+        def bind(self, tensors: Any, *, repeated: bool) -> Any:
+            bound.append(tensors["attended"])
+            return SimpleNamespace(run=lambda: None)
+
+    memory, dims = HostMemory(), read_manifest(bundle).dimensions
+    runner = Runner(memory, Program(), Workspace(memory, dims, "float32", 1, 1, 1), {})
+    for width in (2, 3, 1):
+        runner.queue(np.array([0]), np.array([width - 1]), np.zeros((1, 1, width), np.int64))
+    assert len(bound) == 3
+    assert bound[0] is bound[1] is bound[2]
 
 
 @pytest.mark.parametrize(("needed", "slots", "read"), [(1, 448, 64), (64, 448, 64), (65, 448, 128), (300, 448, 448),

@@ -22,9 +22,9 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="needs the wheels of the ext
 import tensorrt_rtx_bindings as trt
 
 from das_asr.export import build_engines
-from das_asr.runtime import BackendError, Transcriber
+from das_asr.runtime import BackendError, OptionError, Transcriber
 from das_asr.runtime.adapters import read_stack
-from das_asr.runtime.backends import BackendOptions, cuda_memory
+from das_asr.runtime.backends import BackendOptions, cuda_memory, tensorrt
 from das_asr.runtime.backends.cuda_memory import CudaMemory
 from das_asr.runtime.backends.engine_files import CACHE_FOLDER, DECODER_ENGINE, EngineLimits
 from das_asr.runtime.backends.engine_profiles import Profile, decoder_profiles, encoder_profiles
@@ -285,12 +285,36 @@ def test_the_stand_ins_have_only_what_tensorrt_has(ours: type, theirs: type) -> 
 
 @pytest.mark.parametrize(
     ("target", "precision", "chosen"),
-    [("sm86", None, "tensorrt-rtx-sm86-fp16"), ("sm86", "fp32", "tensorrt-rtx-sm86-fp32"),
-     ("sm89", None, "tensorrt-rtx-sm89-fp32")],
+    [("sm86", None, "tensorrt-rtx-sm86-fp32"), ("sm86", "fp16", "tensorrt-rtx-sm86-fp16"),
+     ("sm89", None, "tensorrt-rtx-sm89-bf16")],
 )  # fmt: skip
 def test_the_engine_for_this_gpu_is_chosen(manifest: Manifest, target: str, precision: str | None, chosen: str) -> None:
     library, name = choose_engine(Path("bundle"), manifest, target, precision)
     assert (library.name, name) == ("tensorrt-rtx", chosen)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "library", "chosen"),
+    [(("fp16", "fp32"), None, "tensorrt-sm86-fp16"), (("fp32", "fp16"), None, "tensorrt-sm86-fp32"),
+     (("fp16",), "tensorrt-rtx", "tensorrt-rtx-sm86-fp16"), (("fp16",), "tensorrt", "tensorrt-sm86-fp16"),
+     (("int8",), "tensorrt-rtx", "tensorrt-rtx-sm86-bf16")],
+)  # fmt: skip
+def test_of_two_libraries_one_can_be_named(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, precisions: tuple[str, ...], library: str | None, chosen: str
+) -> None:
+    monkeypatch.setattr(tensorrt, "installed_libraries", lambda: ("tensorrt", "tensorrt-rtx"))
+    monkeypatch.setattr(tensorrt, "load_library", lambda name: Library(name, "1", None))
+    engines = dict.fromkeys(("tensorrt-sm86-fp16", "tensorrt-sm86-fp32"), manifest.engines["tensorrt-rtx-sm86-fp32"])
+    both = dataclasses.replace(
+        manifest, precisions=precisions, engines=dict(sorted((engines | manifest.engines).items()))
+    )
+    found, name = choose_engine(Path("bundle"), both, "sm86", None, library)
+    assert (f"{found.name}-sm86", name) == (chosen.rpartition("-")[0], chosen)
+
+
+def test_a_library_that_does_not_exist_is_told(manifest: Manifest) -> None:
+    with pytest.raises(OptionError, match="library is 'trt', expected tensorrt or tensorrt-rtx"):
+        choose_engine(Path("bundle"), manifest, "sm86", None, "trt")
 
 
 @pytest.mark.parametrize(("target", "precision"), [("sm75", None), ("sm89", "fp16")])
@@ -301,7 +325,7 @@ def test_without_an_engine_the_command_is_told(manifest: Manifest, target: str, 
 
 @pytest.fixture
 def manifest(bundle: Path) -> Manifest:
-    names = ("tensorrt-rtx-sm86-fp16", "tensorrt-rtx-sm86-fp32", "tensorrt-rtx-sm89-fp32")
+    names = ("tensorrt-rtx-sm86-bf16", "tensorrt-rtx-sm86-fp16", "tensorrt-rtx-sm86-fp32", "tensorrt-rtx-sm89-bf16")
     return dataclasses.replace(
         read_manifest(bundle), engines=dict.fromkeys(names, EngineEntry({}, verified=False, report=None))
     )
@@ -312,7 +336,7 @@ def test_onnx_runtimes_provider_is_told_every_size(bundle: Path) -> None:
     dims = manifest.dimensions
     named = {ENCODER_FILE: encoder_inputs(dims), DECODER_STATIC_FILE: static_decoder_inputs(dims)}
     for file, profile in profiles(manifest).items():
-        options = tensorrt_options(profile, Path("cache"), 7, BackendOptions("cuda:1", cuda_graphs=True), "fp16")
+        options = tensorrt_options(profile, Path("cache"), 7, BackendOptions("cuda:1"), "fp16")
         assert (options["device_id"], options["user_compute_stream"], options["trt_fp16_enable"]) == ("1", "7", "True")
         dynamic = {spec.name for spec in named[file] if any(isinstance(size, str) for size in spec.shape)}
         bounds = []

@@ -37,8 +37,10 @@ class BackendOptions:
             ruinous on a busy one, so it is off unless asked for. Without effect on one thread.
         huge_pages: ask Linux to keep the weights in pages of 2 MB, see `huge_pages.py`; costs a fraction of a second
             at loading.
-        allow_cpu_nodes: on a GPU, accept that the engine runs nodes on the CPU.
-        cuda_graphs: on a GPU, record each step once and have the GPU repeat it at one call.
+        allow_cpu_nodes: on a GPU, accept that ONNX Runtime runs nodes on the CPU, or otherwise than with the provider
+            that was asked for.
+        cuda_graphs: on a GPU, record each step and have the GPU repeat it at one call; not with `ort-tensorrt`.
+        library: with `tensorrt`, whose engines to run, `tensorrt` or `tensorrt-rtx`; None takes any that is installed.
     """
 
     device: str = "cpu"
@@ -47,6 +49,7 @@ class BackendOptions:
     huge_pages: bool = True
     allow_cpu_nodes: bool = False
     cuda_graphs: bool = False
+    library: str | None = None
 
     def __post_init__(self) -> None:
         kind, _, index = self.device.partition(":")
@@ -80,6 +83,14 @@ def create_backend(
         raise OptionError(f"backend is {name!r}, expected one of: {', '.join(BACKENDS)}.")
     if name != "onnxruntime" and options.kind != "cuda":
         raise OptionError(f"backend={name!r} runs on GPUs only, device is {options.device!r}. Give device='cuda'.")
+    if name == "ort-tensorrt" and options.cuda_graphs:
+        # It keeps one recording per session, whatever `gpu_graph_id` says, and would replay it for other sizes.
+        raise OptionError(
+            "cuda_graphs=True does not go with backend='ort-tensorrt', which records one step only. Leave it out, or "
+            "use backend='onnxruntime' or 'tensorrt'."
+        )
+    if name != "tensorrt" and options.library is not None:
+        raise OptionError(f"library={options.library!r} is for backend='tensorrt', backend is {name!r}. Leave it out.")
     try:
         return _create(name, directory, manifest, options, precision)
     except ModuleNotFoundError as error:

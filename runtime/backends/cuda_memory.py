@@ -71,8 +71,9 @@ class CudaMemory:
         """See `Memory`."""
         size = Buffer(0, shape, dtype, None).nbytes
         block = _Block(size, self._out_of_memory)
-        check(cuda.cudaMemsetAsync(block.address, 0, size, self.stream))
-        return Buffer(block.address, shape, dtype, block)
+        buffer = Buffer(block.address, shape, dtype, block)
+        self.zero(buffer)
+        return buffer
 
     def mailbox(self, inbox: int, outbox: int) -> Mailbox:
         """See `Memory`."""
@@ -83,6 +84,10 @@ class CudaMemory:
         assert array.nbytes == target.nbytes
         source = np.ascontiguousarray(array)
         check(cuda.cudaMemcpyAsync(target.address, source.ctypes.data, array.nbytes, _TO_DEVICE, self.stream))
+
+    def zero(self, target: Buffer) -> None:
+        """See `Memory`."""
+        check(cuda.cudaMemsetAsync(target.address, 0, target.nbytes, self.stream))
 
     def read(self, source: Buffer, array: NDArray[Any]) -> None:
         """See `Memory`."""

@@ -177,7 +177,7 @@ def read_engine_file(bundle: Path, manifest: Manifest, name: str, file: str) -> 
     if hashlib.sha256(content).hexdigest() != manifest.engines[name].files.get(file):
         raise BundleError(f"{path} ({len(content)} bytes) differs from the hash in the manifest. {mend}")
     first = _FIRST_BYTES.get(library, b"")
-    if file != ENGINE_RECORD and not content.startswith(first):
+    if path.suffix == ".engine" and not content.startswith(first):
         raise BundleError(f"{path} is no engine of {library}: it begins with {content[: len(first)]!r}. {mend}")
     return content
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "Buffer", "HostMemory", "Mailbox", "Memory", "aligned", "host_buffer"]
+__all__ = ["ALIGNMENT", "Buffer", "DeviceLock", "HostMemory", "Mailbox", "Memory", "aligned", "host_buffer"]
 
 Bytes = NDArray[np.uint8]
 
@@ -115,6 +116,10 @@ class Memory(Protocol):
         """Copies a host array, whose memory is free when this returns."""
         ...
 
+    def zero(self, target: Buffer) -> None:
+        """Fills with zeros."""
+        ...
+
     def read(self, source: Buffer, array: NDArray[Any]) -> None:
         """Waits, and copies to a host array."""
         ...
@@ -126,6 +131,28 @@ class Memory(Protocol):
     def close(self) -> None:
         """Waits for everything that is under way."""
         ...
+
+
+class DeviceLock:
+    """Keeps the order on a device: one thread at a time, with the device made its own.
+
+    Nobody holds it while waiting for the outcome of a step. Who holds it may wait for the device all the same: when
+    logits are read, when a mailbox is still in use by a run that was queued in vain, and when memory is allocated.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self._lock = memory, threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._memory.enter()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class HostMemory:
@@ -152,6 +179,10 @@ class HostMemory:
         """See `Memory`."""
         assert array.nbytes == target.nbytes
         ctypes.memmove(target.address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+
+    def zero(self, target: Buffer) -> None:
+        """See `Memory`."""
+        ctypes.memset(target.address, 0, target.nbytes)
 
     def read(self, source: Buffer, array: NDArray[Any]) -> None:
         """See `Memory`."""

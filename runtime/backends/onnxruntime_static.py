@@ -7,7 +7,7 @@ use of that.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.memory import Buffer, HostMemory, Memory
 from das_asr.runtime.backends.placement import CPU, CUDA, fallen_back
 from das_asr.runtime.backends.sessions import ENGINE_ERRORS, open_session, require_provider
-from das_asr.runtime.backends.static import Graphs, StaticBackend
+from das_asr.runtime.backends.static import Graphs, StaticBackend, unlimited
 from das_asr.runtime.contract import ALONE, DECODER_STATIC_FILE, ENCODER_FILE, DType
 from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Manifest
@@ -151,6 +151,7 @@ def open_graphs(
     memory: Memory,
     providers: Mapping[str, Providers],
     stack: Stack | None = None,
+    check: Callable[[int, int, int], None] = unlimited,
 ) -> StaticBackend:
     """Opens both graphs and, where another provider than the CPU's is asked for, makes sure that it runs them.
 
@@ -160,16 +161,25 @@ def open_graphs(
         options: of the backend.
         memory: where the graphs' tensors lie.
         providers: of each graph file.
-        stack: the bundle's adapters, where the graphs' own copy of them is not to be used.
+        stack: the bundle's adapters, where the graphs' own copy of them is not to be used; adapters are then inputs
+            without a default.
+        check: see `Graphs`.
     """
     path = graphs / DECODER_STATIC_FILE
     if not path.is_file():
         raise BundleError(f"{graphs} has no {DECODER_STATIC_FILE}, which this needs. Export the bundle again.")
-    watched = list(providers[path.name]) != [CPU]
+    wanted = next(iter(providers[path.name]))
+    watched = wanted != CPU
     with tempfile.TemporaryDirectory() as folder:
         encoder, decoder = (
             OnnxProgram(
-                open_session(file, options, providers[file.name], profile=f"{folder}/{file.stem}" if watched else None),
+                open_session(
+                    file,
+                    options,
+                    providers[file.name],
+                    profile=f"{folder}/{file.stem}" if watched else None,
+                    defaults=stack is None,
+                ),
                 memory,
                 cuda_graphs=options.cuda_graphs and file == path,
             )
@@ -177,26 +187,27 @@ def open_graphs(
         )
         alone = ALONE in encoder.session.get_modelmeta().custom_metadata_map
         own = (manifest.rows, max((adapter.rank for adapter in manifest.adapters), default=1))
-        programs = Graphs(encoder, decoder, decoder.dtype, alone)
+        programs = Graphs(encoder, decoder, decoder.dtype, alone, check)
         backend = StaticBackend(memory, programs, manifest.dimensions, stack or own)
         if watched:
-            backend.warm_up(backend.load_stack(None))
+            backend.warm_up()
             profiles = [Path(program.session.end_profiling()) for program in (encoder, decoder)]
             if not options.allow_cpu_nodes:
-                refuse_strays(profiles, options)
+                refuse_strays(profiles, options, wanted)
     return backend
 
 
-def refuse_strays(profiles: list[Path], options: BackendOptions) -> None:
+def refuse_strays(profiles: list[Path], options: BackendOptions, wanted: str) -> None:
     """Refuses graphs of which a node ran elsewhere than asked for.
 
     Raises:
         BackendError: with the list.
     """
-    nodes = [node for profile in profiles for node in fallen_back(profile)]
+    nodes = [node for profile in profiles for node in fallen_back(profile, wanted)]
     if nodes:
         listed = ", ".join(nodes[:_NAMED]) + (f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else "")
         raise BackendError(
-            f"On device {options.device!r}, ONNX Runtime runs {len(nodes)} node(s) on the CPU or copies for them: "
-            f"{listed}. Use a newer ONNX Runtime or another precision, or accept the loss with allow_cpu_nodes=True."
+            f"On device {options.device!r}, ONNX Runtime runs {len(nodes)} node(s) elsewhere than with {wanted}, or "
+            f"copies for them: {listed}. Use a newer ONNX Runtime or another precision, or accept the loss with "
+            "allow_cpu_nodes=True."
         )

@@ -76,6 +76,12 @@ class Runner:
         self._slots = workspace.dims.text_positions
         self._boxes = cycle(workspace.boxes)
         self._steps: dict[tuple[int, int, int], Bound] = {}  # (utterances, attended slots, audio) -> one new token
+        self._attended: dict[int, Buffer] = {}  # on the host; a run that is queued may still read it
+
+    def clear(self) -> None:
+        """Forgets what was decoded: numbers that are no longer finite would get into what is decoded next."""
+        for cache in self.workspace.caches():
+            self.memory.zero(cache)
 
     def control(self, values: Mapping[str, NDArray[np.generic]], place: int) -> None:
         """Writes the control values [n, ...] of utterances from a place on."""
@@ -143,7 +149,9 @@ class Runner:
 
     def _bind(self, count: int, width: int, attended: int, *, repeated: bool) -> Bound:
         tensors = {**self._adapters, **self.workspace.inputs(count, width)}
-        tensors["attended"] = host_buffer(np.array([attended], np.int64))
+        if attended not in self._attended:
+            self._attended[attended] = host_buffer(np.array([attended], np.int64))
+        tensors["attended"] = self._attended[attended]
         return self._decoder.bind(tensors, repeated=repeated)
 
 
@@ -163,7 +171,7 @@ class Pool:
         self._free: deque[Runner] = deque()
 
     def lease(self, count: int) -> Lease:
-        """A runner with places for `count` utterances, rounded up so that few sizes occur.
+        """A runner with places for `count` utterances, rounded up so that few sizes occur; its caches are zeros.
 
         Raises:
             BackendError: there is no memory for it.
@@ -175,6 +183,7 @@ class Pool:
             fitting = self._make(places)
         else:
             self._free.remove(fitting)
+            fitting.clear()
         lease = Lease(fitting)
         weakref.finalize(lease, self._free.append, fitting).atexit = False
         return lease

@@ -10,6 +10,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as engine  # pyright: ignore[reportAttributeAccessIssue]
 
 from das_asr.runtime.backends import BackendOptions
+from das_asr.runtime.backends.graph_defaults import without_defaults
 from das_asr.runtime.backends.placement import CPU
 from das_asr.runtime.errors import BackendError
 
@@ -27,6 +28,7 @@ ENGINE_ERRORS = (
 )
 """What the engine raises when it cannot load or run a graph."""
 
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3  # a level below warns about every overridable initializer at each load
 
 
@@ -36,6 +38,7 @@ def open_session(
     providers: Mapping[str, Mapping[str, str]],
     *,
     profile: str | None = None,
+    defaults: bool = True,
 ) -> Any:
     """Loads a graph.
 
@@ -44,8 +47,10 @@ def open_session(
         options: threads and device.
         providers: to use, in the order of preference, with their options.
         profile: write a profile of every run to a file whose path begins so.
+        defaults: keep those of the graph's inputs; without them, every input must be fed.
 
     Raises:
+        BundleError: the file is no graph.
         BackendError: the file cannot be loaded, or a provider did not come up.
     """
     settings = onnxruntime.SessionOptions()
@@ -57,8 +62,12 @@ def open_session(
         settings.enable_profiling, settings.profile_file_prefix = True, profile
     for provider in providers:
         require_provider(provider)
+    graph: Path | bytes = path
+    if not defaults:
+        graph = without_defaults(path)
+        settings.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
     try:
-        session = onnxruntime.InferenceSession(path, settings, providers=[(p, dict(o)) for p, o in providers.items()])
+        session = onnxruntime.InferenceSession(graph, settings, providers=[(p, dict(o)) for p, o in providers.items()])
     except engine.NotImplemented as error:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot compute {path} on device {options.device!r}: {error}. "

@@ -6,13 +6,12 @@ choice is fed back on the device, and the host reads a few bytes per step.
 
 Runs are queued ahead: while the host looks at a step's outcome, the device works on the next one. If nobody asks for
 that one, because the text has ended or the host feeds ids of its own, it did no harm: the cache slots it wrote are
-written again before they are read.
+written again before they are read. A host that has fed its own ids once will do so again, so no more are queued for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,13 @@ from numpy.typing import NDArray
 
 from das_asr.runtime.adapters import Stack, rounded_tensors
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
-from das_asr.runtime.backends.memory import Buffer, Memory
+from das_asr.runtime.backends.memory import Buffer, DeviceLock, Memory
 from das_asr.runtime.backends.runner import Lease, Pool, Program, Runner, Turn
 from das_asr.runtime.backends.workspace import CONTROL, Workspace
 from das_asr.runtime.contract import RULE_CODES, DType
 from das_asr.runtime.manifest import Dimensions
 
 __all__ = [
-    "DeviceLock",
     "Graphs",
     "StaticBackend",
     "StaticBatch",
@@ -37,7 +35,12 @@ __all__ = [
     "StaticSlots",
     "StaticStack",
     "adapter_tensors",
+    "unlimited",
 ]
+
+
+def unlimited(batch: int, rows: int, rank: int) -> None:
+    """`Graphs.check` of graphs that take any number of utterances and rows and any rank."""
 
 
 @dataclass(frozen=True)
@@ -69,28 +72,7 @@ class Graphs:
     decoder: Program
     dtype: DType
     alone: bool
-    check: Callable[[int, int, int], None] = lambda *_: None
-
-
-class DeviceLock:
-    """Keeps the order on a device: one thread at a time, with the device made its own.
-
-    It is never held while somebody waits for an outcome.
-    """
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory, self._lock = memory, threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            self._memory.enter()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    check: Callable[[int, int, int], None] = unlimited
 
 
 class StaticBackend:
@@ -108,6 +90,7 @@ class StaticBackend:
         """
         self._memory, self._graphs, self._dims, self._carried = memory, graphs, dims, carried
         self._lock = DeviceLock(memory)
+        self._warm: StaticStack | None = None  # what was warmed up, until somebody asks for it
 
     @property
     def prunes(self) -> bool:
@@ -116,6 +99,9 @@ class StaticBackend:
 
     def load_stack(self, stack: Stack | None) -> StaticStack:
         """Puts adapters on the device."""
+        if stack is None and self._warm is not None:
+            warm, self._warm = self._warm, None  # not kept: with the last reference to a stack its memory is free
+            return warm
         wanted = self._carried if stack is None else stack
         if isinstance(wanted, tuple):
             return self._stack(*wanted, {})
@@ -162,8 +148,12 @@ class StaticBackend:
         with self._lock:
             return StaticSlots(self._lock, stack.pool.lease(capacity))
 
-    def warm_up(self, stack: LoadedStack) -> None:
-        """Runs encoder, prompt and step once on silence, so that no request pays for what engines do at first."""
+    def warm_up(self) -> None:
+        """Runs encoder, prompt and step once on silence, so that no request pays for what engines do at first.
+
+        The stack it takes is the one that `load_stack(None)` returns next.
+        """
+        stack = self.load_stack(None)
         rows, dims = stack.rows, self._dims
         bias = np.zeros((1, dims.vocabulary), np.float32)
         control = Control(
@@ -179,11 +169,13 @@ class StaticBackend:
         batch.run(np.array([0]), np.array([1]), np.zeros((1, rows, 2), np.int64))
         for position in (2, 3):  # the second may be recorded as a graph
             batch.run(np.array([position]), np.array([1]))
+        self._warm = stack
 
     def close(self) -> None:
         """Waits for the device and frees the graphs."""
         with self._lock:
             self._memory.close()
+            self._warm = None
             del self._graphs
 
     def _upload(self, array: NDArray[Any]) -> Buffer:
@@ -208,6 +200,7 @@ class StaticBatch:
         self._lock, self.lease = lock, lease
         self._first_traffic = {name: array.nbytes for name, array in control.feeds().items() if name in CONTROL}
         self._ahead: Turn | None = None
+        self._guesses = lease.runner.memory.ahead  # whether the next step is worth queuing
         self.traffic: list[Traffic] = []
 
     def run(
@@ -218,10 +211,12 @@ class StaticBatch:
         runner = self.lease.runner
         with self._lock:
             turn, self._ahead = self._ahead, None
+            if turn is not None and ids is not None:
+                self._guesses = False
             if turn is None or ids is not None or not turn.was_for(position, prompt_last):
                 turn = runner.queue(*_unpadded(position, prompt_last, ids))
             fetched = runner.logits(turn) if logits else None
-            if runner.memory.ahead and not logits:
+            if self._guesses and not logits:
                 self._ahead = runner.queue_next(turn)
         turn.traffic.to_device.update(self._first_traffic)
         self._first_traffic = {}

@@ -160,8 +160,8 @@ def load_backend(directory: Path, manifest: Manifest, options: BackendOptions, p
     Args:
         directory: the bundle.
         manifest: of the bundle.
-        options: which GPU.
-        precision: of the engine; None takes the first in the manifest that is for this GPU.
+        options: which GPU, and whose engines.
+        precision: of the engine; None takes the bundle's first that there is one in, see `choose_engine`.
 
     Raises:
         BackendError: TensorRT or the GPU is missing, or no engine fits them.
@@ -172,7 +172,7 @@ def load_backend(directory: Path, manifest: Manifest, options: BackendOptions, p
     memory = CudaMemory(options.device_id)
     target = gpu_target(options.device_id)
     assert target is not None, "there is a GPU without a compute capability"
-    library, name = choose_engine(directory, manifest, target, precision)
+    library, name = choose_engine(directory, manifest, target, precision, options.library)
     # Engines take adapters as inputs and carry none.
     stack = read_stack(directory, [entry.name for entry in manifest.adapters], manifest.dimensions)
     record = check_engine(directory, manifest, name, _use(library, target, name, 1, stack.rows, stack.rank))
@@ -190,27 +190,38 @@ def load_backend(directory: Path, manifest: Manifest, options: BackendOptions, p
     )
     graphs = Graphs(encoder, decoder, decoder.dtype, alone=False, check=check)
     backend = StaticBackend(memory, graphs, manifest.dimensions, stack)
-    backend.warm_up(backend.load_stack(None))
+    backend.warm_up()
     for program in (encoder, decoder):
         program.save_cache()
     return backend
 
 
-def choose_engine(directory: Path, manifest: Manifest, target: str, precision: str | None) -> tuple[Library, str]:
+def choose_engine(
+    directory: Path, manifest: Manifest, target: str, precision: str | None, library: str | None = None
+) -> tuple[Library, str]:
     """The library to use and the name of the engine for a GPU.
+
+    Args:
+        directory: the bundle.
+        manifest: of the bundle.
+        target: compute capability, e.g. "sm86".
+        precision: of the engine; None tries those of the bundle's graphs in their order, then all others.
+        library: whose engine; None tries those that are installed.
 
     Raises:
         BackendError: no library is installed, or the bundle has no engine for it and this GPU.
+        OptionError: there is no such library.
     """
-    installed = installed_libraries()
-    for name in manifest.engines:
-        wanted = name.rpartition("-")[2] if precision is None else precision
-        for candidate in installed:
-            if name == engine_name(candidate, target, wanted):
+    libraries = installed_libraries() if library is None else (library,)
+    built = (name.rpartition("-")[2] for name in manifest.engines)
+    precisions = [*manifest.precisions, *built] if precision is None else [precision]
+    for wanted in precisions:
+        for candidate in libraries:
+            name = engine_name(candidate, target, wanted)
+            if name in manifest.engines:
                 return load_library(candidate), name
-    library = load_library(installed[0] if installed else None)  # refuses if there is none
-    wanted = precision or manifest.precisions[0]
-    return library, find_engine(directory, manifest, library=library.name, target=target, precision=wanted)
+    chosen = load_library(libraries[0] if libraries else None)  # refuses if there is none
+    return chosen, find_engine(directory, manifest, library=chosen.name, target=target, precision=precisions[0])
 
 
 def open_engine(

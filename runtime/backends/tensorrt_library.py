@@ -54,11 +54,12 @@ def load_library(name: str | None = None) -> Library:
         raise OptionError(f"The TensorRT library is {name!r}, expected {' or '.join(LIBRARIES)}.")
     if name is None and len(installed) > 1:
         raise OptionError(f"{' and '.join(installed)} are both installed. Say which one is meant, as --library does.")
-    if not installed or (name is not None and name not in installed):
-        wanted = name or " or ".join(LIBRARIES)
+    if name is not None and name not in installed:
+        raise BackendError(f"{name} is not installed. Install `das-asr[{name}]`.")
+    if not installed:
         raise BackendError(
-            f"{wanted} is not installed. Install `das-asr[tensorrt-rtx]`, which builds engines without a GPU, or on a "
-            "machine with a data-centre GPU `das-asr[tensorrt]`."
+            f"{' or '.join(LIBRARIES)} is not installed. Install `das-asr[tensorrt-rtx]`, which builds engines without "
+            "a GPU, or on a machine with a data-centre GPU `das-asr[tensorrt]`."
         )
     chosen = name or installed[0]
     found = next(module for module in LIBRARIES[chosen] if importlib.util.find_spec(module))

@@ -83,6 +83,10 @@ class Workspace:
         cross = (spec.name for spec in encoder_outputs(self.dims))
         return {name: self._part(name, place, 1) for name in (*cross, *self._lanes, *CONTROL)}
 
+    def caches(self) -> list[Buffer]:
+        """The self-attention caches of all places, which must begin with finite numbers."""
+        return [self._buffers[name] for name in self._lanes]
+
     def tensor(self, name: str, count: int) -> Buffer:
         """One tensor of the first `count` utterances."""
         return self._part(name, 0, count)
