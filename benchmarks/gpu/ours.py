@@ -49,8 +49,7 @@ class OurSystem:
         if kind == "tensorrt":
             build_engine(bundle, task.precision, task.device)
         self._manifest = read_manifest(bundle)
-        # Whether nodes fall back is a question of its own; here it must not keep the rest from being measured.
-        options = BackendOptions(task.device, allow_cpu_nodes=True, cuda_graphs=cuda_graphs)
+        options = BackendOptions(task.device, cuda_graphs=cuda_graphs)
         self._backend = create_backend(kind, bundle, self._manifest, options, task.precision)
         dims = self._manifest.dimensions
         adapters = [read_adapter(folder, folder.name, dims) for folder in task.adapters]
