@@ -327,3 +327,31 @@ def test_every_peer_that_is_installed_writes_what_transformers_writes(
         process.close()
     assert written[0] == written[1]
     assert len(written[0]) == TOKENS
+
+
+@pytest.mark.parametrize("name", ["ctranslate2", "faster-whisper"])
+def test_the_first_token_is_suppressed_as_the_checkpoint_has_it(
+    name: str, tmp_path: Path, one_torch_thread: None
+) -> None:
+    """These two take the list from the checkpoint; others have that of the published models built in."""
+    if reason := _missing(name):
+        pytest.skip(reason)
+    with machine.quiet_libraries():
+        checkpoint = models.make_checkpoint(
+            tmp_path / "published", models.RandomShape(d_model=64, layers=1, heads=1, ffn=256)
+        )
+    before = _written("transformers", checkpoint, Path())
+    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings | {"begin_suppress_tokens": [before[0]]}))
+    convert(name, "fp32", checkpoint, tmp_path / "converted", Tools())
+    expected = _written("transformers", checkpoint, Path())
+    assert expected[0] != before[0]
+    assert _written(name, checkpoint, tmp_path / "converted") == expected
+
+
+def _written(name: str, checkpoint: Path, folder: Path) -> tuple[int, ...]:
+    process = SideProcess(name, Work(checkpoint, (), TOKENS), folder, Tools())
+    try:
+        return process.transcribe(window_audio(checkpoint)).tokens
+    finally:
+        process.close()
