@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from das_asr.benchmarks.arguments import whole_numbers
-from das_asr.benchmarks.output import check_folders, write_whole
+from das_asr.benchmarks.output import check_folders, write_result, write_whole
 from das_asr.benchmarks.peers_cli import peers_command
 from das_asr.benchmarks.settings_cli import context_command, prune_command, replay_command
 from das_asr.benchmarks.wer_cli import forgetting_command, numbers, tables_command, tune_command, wer_command
@@ -71,7 +71,7 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     measured = run_task("rtf", specification, chosen.threads)
     rates = rates.best(measure_rates(chosen.threads))
     result = {**before, "arguments": dataclasses.asdict(chosen), "rates": dataclasses.asdict(rates), **measured}
-    write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_result(output, result)
     click.echo(json.dumps({"output": str(output), "runs": len(result["runs"])}))
 
 
@@ -123,7 +123,7 @@ def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **opt
     chosen = LoadOptions(audio=audio, rates=numbers("rates", rates), patterns=tuple(patterns.split(",")), **options)
     before = {"kind": "load", "schema": 1, **describe_run(), "machine": describe_machine()}
     result = {**before, **measure_load(chosen, lambda text: click.echo(text, err=True))}
-    write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_result(output, result)
     click.echo(render_load(result), nl=False)
 
 
@@ -148,7 +148,7 @@ def profile(output: Path | None, **options: Any) -> None:
     measured = measure_profiles(chosen, lambda text: click.echo(text, err=True))
     result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
     if output:
-        write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_result(output, result)
     click.echo(render_profiles(result), nl=False)
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import numpy as np
 
 from das_asr.benchmarks.audio import find_audio
 from das_asr.benchmarks.load_servers import SERVERS, Request, Server, open_server
+from das_asr.benchmarks.output import plain_options
 from das_asr.runtime import QueueFullError, SchedulerOptions, Transcriber, Transcription
 from das_asr.runtime.audio import load_audio
 from das_asr.runtime.errors import OptionError
@@ -111,8 +112,7 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
                 found = _measured(name, transcriber, options, asked, rate * capacity)
                 runs.append(_row(name, pattern, rate, *found))
                 say(f"{pattern}, {name} at {rate:g} of the capacity: p95 {runs[-1]['latency']['p95']:.3f} s")
-    plain = {**asdict(options), "bundle": str(options.bundle), "audio": list(map(str, options.audio))}
-    return {"options": plain, "runs": runs}
+    return {"options": plain_options(options), "runs": runs}
 
 
 def _load(options: LoadOptions, max_queue: int) -> Transcriber:

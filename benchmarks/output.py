@@ -1,12 +1,16 @@
-"""Files that commands write: their folders are there before the work, and they appear whole or not at all."""
+"""What commands write: files that appear whole or not at all, and how options and paths stand in them."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from das_asr.runtime.errors import OptionError
 
-__all__ = ["check_folders", "write_whole"]
+__all__ = ["check_folders", "plain_options", "plain_path", "write_result", "write_whole"]
 
 
 def check_folders(**paths: Path | None) -> None:
@@ -28,3 +32,30 @@ def write_whole(path: Path, text: str) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result as JSON, whole."""
+    write_whole(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def plain_path(path: Path) -> str:
+    """A path as results name it: relative to the working folder, or by its name alone where it lies elsewhere.
+
+    Results are passed on, and the folders of a machine say nothing to others.
+    """
+    whole = path.absolute()
+    return whole.relative_to(Path.cwd()).as_posix() if whole.is_relative_to(Path.cwd()) else whole.name
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them, paths as `plain_path`."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return plain_path(value) if isinstance(value, Path) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(options).items()}

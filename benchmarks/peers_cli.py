@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from das_asr.benchmarks.arguments import whole_numbers
-from das_asr.benchmarks.output import check_folders, write_whole
+from das_asr.benchmarks.output import check_folders, plain_options, write_result, write_whole
 from das_asr.runtime.console import Command, NamedFolder
 from das_asr.runtime.errors import OptionError
 
@@ -80,9 +79,8 @@ def peers_command(
         prepare_peers(chosen, log)
         return
     before = {"kind": "peers", "schema": 1, **describe_run(), "machine": describe_machine()}
-    arguments = json.loads(json.dumps(dataclasses.asdict(chosen), default=str))
-    result = {**before, "arguments": arguments, **run_peers(chosen, log)}
-    write_whole(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    result = {**before, "arguments": plain_options(chosen), **run_peers(chosen, log)}
+    write_result(output, result)
     if markdown:
         write_whole(markdown, render_peers([result]))
     click.echo(json.dumps({"output": str(output), "runs": len(result["runs"])}))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from das_asr.benchmarks.machine import describe_machine, describe_run, pinned
+from das_asr.benchmarks.output import plain_path
 from das_asr.benchmarks.wer_report import markdown_table
 from das_asr.runtime.adapter_sets import AdapterSet, AdapterSets
 from das_asr.runtime.backends import BackendOptions, create_backend
@@ -99,7 +100,7 @@ def replay(
         "schema": 1,
         **describe_run(),
         "machine": describe_machine(),
-        "bundle": str(bundle),
+        "bundle": plain_path(bundle),
         "rows": manifest.rows,
         "threads": threads,
         "runs": runs,

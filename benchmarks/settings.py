@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from das_asr.benchmarks.machine import describe_machine, describe_run
+from das_asr.benchmarks.output import plain_options
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
-from das_asr.benchmarks.wer import WerOptions, list_sentences, plain_options
+from das_asr.benchmarks.wer import WerOptions, list_sentences
 from das_asr.benchmarks.wer_report import markdown_table, percent, render_wer
 from das_asr.benchmarks.wer_result import Outcome, SystemResult, WerReport
 from das_asr.benchmarks.wer_stats import WerStatistics

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from das_asr.benchmarks.arguments import whole_numbers
-from das_asr.benchmarks.output import check_folders, write_whole
+from das_asr.benchmarks.output import check_folders, write_result, write_whole
 from das_asr.benchmarks.wer_cli import (
     EXISTING,
     FILE,
@@ -92,7 +91,7 @@ def replay_command(result: Path, bundle: Path, utterances: int, threads: int, ou
 
     check_folders(output=output)
     measured = replay(read_traces(result), bundle, threads=threads, utterances=utterances, log=say)
-    write_whole(output, json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    write_result(output, measured)
     click.echo(render_replay(measured), nl=False)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from das_asr.benchmarks.machine import describe_machine, describe_run
+from das_asr.benchmarks.output import plain_path
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
 from das_asr.benchmarks.wer import open_pool, row_errors, winners
 from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, Demand, JointText, OwnTexts, decode_set
@@ -212,7 +213,7 @@ def tune(
         retained=retained,
         trials=tuple(dataclasses.replace(trial, allowed=fine) for trial, fine in zip(trials, harmless, strict=True)),
         wording=json.loads(json.dumps(dataclasses.asdict(options.wording), default=str)),
-        about={**describe_run(), "machine": describe_machine(), "bundle": str(options.bundle)},
+        about={**describe_run(), "machine": describe_machine(), "bundle": plain_path(options.bundle)},
     )
 
 

@@ -7,7 +7,6 @@ print(report.wer("hypothesis", "music"))
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from das_asr.benchmarks.machine import describe_machine, describe_run
+from das_asr.benchmarks.output import plain_options
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
 from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, JointText, OwnTexts, decode_set
 from das_asr.benchmarks.wer_plan import Entrant, Pool, make_pools
@@ -27,7 +27,7 @@ from das_asr.benchmarks.wording import Normalize, Wording, Words
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.results import BASE
 
-__all__ = ["WerOptions", "evaluate", "list_sentences", "open_pool", "plain_options", "row_errors", "winners"]
+__all__ = ["WerOptions", "evaluate", "list_sentences", "open_pool", "row_errors", "winners"]
 
 Rows = NDArray[np.int64]
 Log = Callable[[str], None]
@@ -199,16 +199,3 @@ def list_sentences(each: EvaluationSet, references: Sequence[Words], own: OwnTex
         texts = {} if own is None else dict(zip(own.rows, own.texts[index], strict=True))
         found.append(Sentence(name, utterance.text, len(words), texts))
     return tuple(found)
-
-
-def plain_options(options: WerOptions | Wording) -> dict[str, object]:
-    """The options as JSON has them."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {key: plain(value) for key, value in dataclasses.asdict(options).items()}

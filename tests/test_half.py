@@ -18,10 +18,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from das_asr.export import AdapterSource, ExportOptions, export_bundle
-from das_asr.export.checkpoint import load_checkpoint
 from das_asr.export.cli import main
 from das_asr.export.half import HALF_PRECISIONS, write_half
-from das_asr.export.onnx import write_graphs
 from das_asr.export.teacher import GrowingDecoder
 from das_asr.runtime import Transcriber
 from das_asr.runtime.adapters import rounded_tensors, stack_adapters
@@ -44,7 +42,7 @@ from das_asr.runtime.errors import AdapterError, BackendError, ExportError
 from das_asr.runtime.features import LogMel
 from das_asr.runtime.manifest import Dimensions, read_manifest
 from das_asr.runtime.peft_checkpoint import read_adapter
-from tests.checkpoints import make_adapter, make_base
+from tests.bundles import small_graphs
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -73,15 +71,7 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("half")
-    base = make_base(folder / "base", d_model=32, seconds=2, text_positions=24)
-    checkpoint = load_checkpoint(base)
-    dims = checkpoint.dimensions
-    adapters = [
-        read_adapter(make_adapter(base, folder / name, rank=rank, seed=rank), name, dims)
-        for name, rank in (("music", 4), ("weather", 2))
-    ]
-    (folder / "graphs").mkdir()
-    write_graphs(checkpoint, dims, stack_adapters(adapters, dims), folder / "graphs", {"das.base": "base"})
+    dims, _ = small_graphs(folder, folder / "graphs", {"das.base": "base"})
     for precision in HALF_PRECISIONS:
         write_half(folder / "graphs", precision, dims, folder / "graphs" / precision)
     return Exported(folder / "graphs", dims)

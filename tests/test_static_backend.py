@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from das_asr.export.half import write_half
-from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber, Transcription
+from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber
 from das_asr.runtime.adapter_sets import AdapterSets
 from das_asr.runtime.adapters import Stack, read_stack
 from das_asr.runtime.backends import BackendOptions, create_backend
@@ -34,7 +34,7 @@ from das_asr.runtime.job import Job
 from das_asr.runtime.manifest import read_manifest
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.tokenizer import Tokenizer
-from tests.bundles import make_bundle
+from tests.bundles import make_bundle, texts
 from tests.rules import CHOICES
 
 Clips = list[tuple[Path, str, str]]
@@ -89,10 +89,6 @@ def static_backend(bundle: Path, memory: HostMemory | None = None, precision: st
 
 def open_static(bundle: Path, memory: HostMemory | None = None, precision: str = "fp32") -> Transcriber:
     return Transcriber(read_manifest(bundle), bundle, static_backend(bundle, memory, precision))
-
-
-def texts(results: list[Transcription]) -> list[Any]:
-    return [(result.tokens, result.adapter, [token.row for token in result.provenance]) for result in results]
 
 
 @pytest.fixture(scope="module")

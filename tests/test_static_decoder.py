@@ -12,13 +12,9 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from das_asr.export.checkpoint import load_checkpoint
-from das_asr.export.onnx import write_graphs
-from das_asr.runtime.adapters import stack_adapters
 from das_asr.runtime.contract import DECODER_FILE, DECODER_STATIC_FILE, cache_names, cross_specs
 from das_asr.runtime.manifest import Dimensions
-from das_asr.runtime.peft_checkpoint import read_adapter
-from tests.checkpoints import make_adapter, make_base
+from tests.bundles import small_graphs
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -43,15 +39,7 @@ class Decoders:
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> Decoders:
     folder = tmp_path_factory.mktemp("static")
-    base = make_base(folder / "base", d_model=32, seconds=2, text_positions=24)
-    checkpoint = load_checkpoint(base)
-    dims = checkpoint.dimensions
-    adapters = [
-        read_adapter(make_adapter(base, folder / name, rank=rank, seed=rank), name, dims)
-        for name, rank in (("music", 4), ("weather", 2))
-    ]
-    stack = stack_adapters(adapters, dims)
-    write_graphs(checkpoint, dims, stack, folder, {})
+    dims, stack = small_graphs(folder, folder, {})
     random = np.random.default_rng(0)
     sizes = {"batch": len(PROMPTS), "rows": ROWS, "audio": dims.audio_positions, "rank": stack.rank}
     shapes = {spec.name: [sizes.get(str(size), size) for size in spec.shape] for spec in cross_specs(dims)}

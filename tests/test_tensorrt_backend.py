@@ -45,7 +45,7 @@ from das_asr.runtime.contract import (
     static_decoder_outputs,
 )
 from das_asr.runtime.manifest import EngineEntry, Manifest, read_manifest
-from tests.bundles import make_bundle
+from tests.bundles import make_bundle, texts
 from tests.cuda_stand_in import StandIn
 from tests.engines import make_small_bundle, needs_tensorrt_rtx, no_gpu, options
 
@@ -199,10 +199,6 @@ def open_engines(
     stack = read_stack(bundle, [entry.name for entry in manifest.adapters], dims)
     backend = StaticBackend(memory, Graphs(*programs, programs[1].dtype, alone=False), dims, stack)
     return Opened(Transcriber(manifest, bundle, backend), memory, encoder, decoder, programs)  # type: ignore[arg-type]
-
-
-def texts(results: list[Any]) -> list[Any]:
-    return [(result.tokens, result.adapter, [token.row for token in result.provenance]) for result in results]
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,8 @@ class StaticBatch:
 
     def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
         """Never asked for; see `StaticBackend.prunes`."""
-        raise NotImplementedError
+        del places, row_mask, stack
+        raise AssertionError("rows were to leave, but this backend keeps all of them")
 
 
 class StaticSlots:
