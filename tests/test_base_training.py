@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import random
@@ -32,8 +33,8 @@ from das_asr.training.base.tokens import SPECIAL_TOKENS, prompt_ids, train_token
 from das_asr.training.base.voices import HELD_OUT_VARIANTS, HELD_OUT_VOICES, draw_take
 
 needs_voices = pytest.mark.skipif(
-    not all(shutil.which(program) for program in ("espeak-ng", "flite", "festival")),
-    reason="espeak-ng, flite and festival speak the training set",
+    not (all(map(shutil.which, ("espeak-ng", "flite", "festival"))) and importlib.util.find_spec("ttspico")),
+    reason="espeak-ng, flite, festival and Pico speak the training set",
 )
 
 SMALL = Shape(width=32, layers=1, heads=2, mels=20, audio_positions=100, text_positions=32)
@@ -103,7 +104,7 @@ def test_held_out_voices_are_never_drawn() -> None:
     variants = {name.partition("+")[2] for engine, name in drawn if engine == "espeak-ng"}
     assert not variants & set(HELD_OUT_VARIANTS)
     assert len(variants) > 60
-    assert {engine for engine, _ in drawn} == {"espeak-ng", "flite", "festival"}
+    assert {engine for engine, _ in drawn} == {"espeak-ng", "flite", "festival", "pico"}
 
 
 def test_raw_features_normalise_to_what_the_runtime_computes() -> None:

@@ -30,6 +30,7 @@ HEAVY = {
     "tensorrt_rtx_bindings",
     "torch",
     "transformers",
+    "ttspico",
 }
 
 MAY_IMPORT = {
@@ -64,6 +65,7 @@ AT_MODULE_LEVEL = {
     "training/finetune/greedy.py": {"torch"},
     "training/finetune/hf_trainer.py": {"torch", "transformers"},
     "training/finetune/initial.py": {"torch"},
+    "training/speech/pico_program.py": {"ttspico"},
     "benchmarks/baselines.py": {"torch"},
     "benchmarks/gpu/clock.py": {"torch"},
     "benchmarks/gpu/floor.py": {"torch"},

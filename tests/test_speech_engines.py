@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import shutil
@@ -25,15 +26,20 @@ from das_asr.training.speech.engines import ENGINES, Engine, EngineFailure, Samp
 
 TEXT = "play the song yellow submarine in the kitchen please"
 
-PROGRAMS = {"espeak-ng": "en-us", "flite": "slt", "festival": "kal_diphone"}
+PROGRAMS = {"espeak-ng": "en-us", "flite": "slt", "festival": "kal_diphone", "pico": "en-US"}
 
 PYTHON = f"'{sys.executable}' -S"
+
+
+def _is_installed(engine: str) -> bool:
+    found = importlib.util.find_spec("ttspico") if engine == "pico" else shutil.which(engine)
+    return found is not None
 
 
 @pytest.fixture(params=PROGRAMS, scope="module")
 def program(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, str, str]]:
     """(engine, its name, a voice)."""
-    if shutil.which(request.param) is None:
+    if not _is_installed(request.param):
         pytest.skip(f"{request.param} is not installed")
     engine = create_engine(request.param)
     yield engine, request.param, PROGRAMS[request.param]
@@ -128,11 +134,21 @@ def test_flite_refuses_a_pitch_that_the_voice_would_ignore() -> None:
         create_engine("flite").check(Voice("flite", "rms", pitch=1.1))
 
 
+@pytest.mark.skipif(not _is_installed("pico"), reason="pico is not installed")
+def test_pico_takes_markup_for_text_and_refuses_pitches_beyond_its_own() -> None:
+    engine = create_engine("pico")
+    spoken = engine.speak("a pause <break time='9s'/> of none", Voice("pico", "en-GB"))[0]
+    assert 1 < len(spoken) / 16000 < 6
+    engine.check(Voice("pico", "en-GB", pitch=2.0))
+    with pytest.raises(SynthesisError, match=r"takes factors from 0\.5 to 2\.0"):
+        engine.check(Voice("pico", "en-GB", pitch=2.5))
+
+
 def test_missing_programs_packages_and_models_say_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name in PROGRAMS:
+    for name in ("espeak-ng", "flite", "festival"):
         with pytest.raises(SynthesisError, match=f"{name} was not found.*apt install {name}"):
             create_engine(name)
     with pytest.raises(SynthesisError, match="needs a voice model"):
@@ -140,6 +156,9 @@ def test_missing_programs_packages_and_models_say_what_to_install(
     monkeypatch.setitem(sys.modules, "sherpa_onnx", None)
     with pytest.raises(SynthesisError, match="pip install sherpa-onnx"):
         create_engine("sherpa-onnx", model=str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ttspico", None)
+    with pytest.raises(SynthesisError, match=r"pip install 'das-asr\[pico\]'"):
+        create_engine("pico")
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SynthesisError, match="pip install openai"):
         create_engine("openai", base_url="http://127.0.0.1:1")

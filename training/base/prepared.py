@@ -31,7 +31,7 @@ __all__ = ["SHARD", "Prepared", "load_prepared", "prepare", "raw_features"]
 
 _RATE, _HOP, _FFT = 16_000, 160, 400
 SHARD = 500  # utterances
-_ENGINES = ("espeak-ng", "flite", "festival")
+_ENGINES = ("espeak-ng", "flite", "festival", "pico")
 _FEATURES, _ROWS = "features.npy", "rows.jsonl"
 _LEAST_POWER = 1e-10
 

@@ -38,7 +38,8 @@ _VARIANTS = """
 # (flite voice, weight)
 _SPEAKERS = (("rms", 0.2), ("awb", 0.19), ("kal16", 0.11))
 _FESTIVAL = ("ked_diphone",)
-_ESPEAK_SHARE, _FESTIVAL_SHARE = 0.42, 0.08
+_PICO = ("en-US", "en-GB")
+_SHARES = {"espeak-ng": 0.32, "festival": 0.06, "flite": 0.38, "pico": 0.24}
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,19 @@ class Take:
 
 def draw_take(rng: random.Random) -> Take:
     """Draws a training voice with its speed, pitch and formants."""
-    kind = rng.random()
-    if kind < _ESPEAK_SHARE:
+    engine = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
+    if engine == "espeak-ng":
         name = f"{rng.choice(_ACCENTS)}+{rng.choice(_VARIANTS)}"
-        return Take(Voice("espeak-ng", name, speed=rng.uniform(0.8, 1.3), pitch=rng.uniform(0.5, 1.6)))
-    # Two of three takes sound like another speaker: most of them smaller, as women and children are.
-    resample = rng.choice((1.0, rng.uniform(0.88, 1.0), rng.uniform(1.0, 1.3)))
+        return Take(Voice(engine, name, speed=rng.uniform(0.8, 1.3), pitch=rng.uniform(0.5, 1.6)))
+    # Two of three takes sound like another speaker. Pico's are women, the others men: both are moved further towards
+    # the sex that they are not.
+    low, high = (0.8, 1.12) if engine == "pico" else (0.88, 1.3)
+    resample = rng.choice((1.0, rng.uniform(low, 1.0), rng.uniform(1.0, high)))
     speed = rng.uniform(0.85, 1.2) / resample
-    if kind < _ESPEAK_SHARE + _FESTIVAL_SHARE:
-        return Take(Voice("festival", rng.choice(_FESTIVAL), speed=speed), resample)
+    if engine == "festival":
+        return Take(Voice(engine, rng.choice(_FESTIVAL), speed=speed), resample)
+    pitch = rng.uniform(0.85, 1.25)
+    if engine == "pico":
+        return Take(Voice(engine, rng.choice(_PICO), speed=speed, pitch=pitch), resample)
     speaker = rng.choices([name for name, _ in _SPEAKERS], [weight for _, weight in _SPEAKERS])[0]
-    return Take(Voice("flite", speaker, speed=speed, pitch=rng.uniform(0.85, 1.25)), resample)
+    return Take(Voice(engine, speaker, speed=speed, pitch=pitch), resample)

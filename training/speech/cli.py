@@ -19,7 +19,7 @@ __all__ = ["merge", "speech"]
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 _FOLDER = click.Path(path_type=Path)
-_ENGINES = "espeak-ng, flite, festival, sherpa-onnx, openai, or command:LINE"
+_ENGINES = "espeak-ng, flite, festival, pico, sherpa-onnx, openai, or command:LINE"
 
 
 @click.command(cls=Command, context_settings=_SETTINGS)

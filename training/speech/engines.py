@@ -26,7 +26,7 @@ __all__ = [
 
 SAMPLE_RATE = 16000  # Hz; what Whisper hears
 
-ENGINES = ("espeak-ng", "flite", "festival", "sherpa-onnx", "openai", "command")
+ENGINES = ("espeak-ng", "flite", "festival", "pico", "sherpa-onnx", "openai", "command")
 
 _TIMEOUT = 60.0  # seconds for one utterance
 
@@ -65,6 +65,10 @@ def create_engine(
         from das_asr.training.speech.festival import FestivalEngine
 
         return FestivalEngine(timeout)
+    if name == "pico":
+        from das_asr.training.speech.pico import PicoEngine
+
+        return PicoEngine(timeout)
     if name == "command":
         from das_asr.training.speech.command import CommandEngine
 
