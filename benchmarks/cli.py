@@ -57,7 +57,7 @@ main.add_command(replay_command)
 def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: Any) -> None:
     """Real-time factor over the number of domains, and over real audio."""
     from das_asr.benchmarks.free import FreeOptions
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.machine import result_head
     from das_asr.benchmarks.rates import measure_rates
     from das_asr.benchmarks.rtf import RtfOptions
     from das_asr.benchmarks.worker import run_task
@@ -65,7 +65,7 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     check_folders(output=output)
     chosen = RtfOptions(**options)
     free = FreeOptions.of(audio, bundle, chosen)
-    before = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
+    before = result_head("rtf")
     specification = {"rtf": dataclasses.asdict(chosen), "free": free and dataclasses.asdict(free)}
     rates = measure_rates(chosen.threads)
     measured = run_task("rtf", specification, chosen.threads)
@@ -117,11 +117,11 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
 def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **options: Any) -> None:
     """Throughput and latency under Poisson arrivals: continuous batching, static batches, one at a time."""
     from das_asr.benchmarks.load import LoadOptions, measure_load, render_load
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.machine import result_head
 
     check_folders(output=output)
     chosen = LoadOptions(audio=audio, rates=numbers("rates", rates), patterns=tuple(patterns.split(",")), **options)
-    before = {"kind": "load", "schema": 1, **describe_run(), "machine": describe_machine()}
+    before = result_head("load")
     result = {**before, **measure_load(chosen, lambda text: click.echo(text, err=True))}
     write_result(output, result)
     click.echo(render_load(result), nl=False)
@@ -139,12 +139,12 @@ def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **opt
 @click.option("--output", "-o", type=OUTPUT, help="JSON file to write.")
 def profile(output: Path | None, **options: Any) -> None:
     """Where the time of a step and of the encoder goes: by part of the network and by operator."""
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.machine import result_head
     from das_asr.benchmarks.step_profile import ProfileOptions, measure_profiles, render_profiles
 
     check_folders(output=output)
     chosen = ProfileOptions(**options)
-    before = {"kind": "profile", "schema": 1, **describe_run(), "machine": describe_machine()}
+    before = result_head("profile")
     measured = measure_profiles(chosen, lambda text: click.echo(text, err=True))
     result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
     if output:
