@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from das_asr.benchmarks.arguments import whole_numbers
+from das_asr.benchmarks.load_options import PEERS, LoadOptions
 from das_asr.benchmarks.output import check_folders, write_result, write_whole
 from das_asr.benchmarks.peers_cli import peers_command
 from das_asr.benchmarks.settings_cli import context_command, prune_command, replay_command
@@ -113,10 +114,16 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
 @click.option("--threads", default=1, show_default=True, help="Of a run of a graph.")
 @click.option("--precision", help="Of the bundle; by default its first.")
 @click.option("--seed", default=0, show_default=True, help="Of arrivals, clips and adapters.")
+@click.option("--peer", type=click.Choice(PEERS), help="A program to compare with, all utterances at hand.")
+@click.option("--base", type=click.Path(path_type=Path), help="Checkpoint that the bundle is of, for --peer.")
+@click.option("--repeats", default=3, show_default=True, help="Interleaved repeats of the comparison with --peer.")
 @click.option("--output", "-o", required=True, type=OUTPUT, help="JSON file to write.")
 def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **options: Any) -> None:
-    """Throughput and latency under Poisson arrivals: continuous batching, static batches, one at a time."""
-    from das_asr.benchmarks.load import LoadOptions, measure_load, render_load
+    """Throughput and latency under Poisson arrivals: continuous batching, static batches, one at a time.
+
+    With --peer, also what faster-whisper's batched pipeline does with the same utterances on the base alone.
+    """
+    from das_asr.benchmarks.load import measure_load, render_load
     from das_asr.benchmarks.machine import result_head
 
     check_folders(output=output)
