@@ -16,6 +16,7 @@ from das_asr.benchmarks.peers_cli import peers_command
 from das_asr.benchmarks.settings_cli import context_command, prune_command, replay_command
 from das_asr.benchmarks.wer_cli import forgetting_command, numbers, tables_command, tune_command, wer_command
 from das_asr.runtime.console import Group
+from das_asr.runtime.errors import OptionError
 
 __all__ = ["main"]
 
@@ -84,7 +85,7 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     "--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File to put the table in."
 )
 def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, readme: Path | None) -> None:
-    """Tables and a picture from results of `das-bench rtf` or of `das-bench peers`.
+    """Tables and a picture from results of `rtf`, of `peers`, or of `gpu_check`, of which there is no picture.
 
     With no option, the report goes to standard output.
     """
@@ -92,12 +93,14 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
     from das_asr.benchmarks.report import replace_between_markers
 
     kind, data = read_kind(results)
+    if plot and kind.plot is None:
+        raise OptionError(f"--plot {plot}: there is no picture of what `{kind.command}` measures. Leave it out.")
     if markdown:
         write_whole(markdown, kind.report(data))
     if readme:
         text = readme.read_text(encoding="utf-8")
         write_whole(readme, replace_between_markers(text, kind.table(data), kind.markers))
-    if plot:
+    if plot and kind.plot:
         kind.plot(data, plot)
     if not (markdown or plot or readme):
         click.echo(kind.report(data), nl=False)

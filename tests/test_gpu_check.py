@@ -11,27 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 from das_asr.benchmarks import gpu_check, machine, models
 from das_asr.benchmarks.baselines import SequentialLora as OneUtterance
 from das_asr.benchmarks.gpu import ours
-from das_asr.benchmarks.gpu.floor import step_bytes
 from das_asr.benchmarks.gpu.ours import prepared_bundle
 from das_asr.benchmarks.gpu.pytorch import paper_rows
 from das_asr.benchmarks.gpu.table import Plan, measure_table
 from das_asr.benchmarks.systems import Work
 from das_asr.benchmarks.torchloop import paper_row
 from das_asr.benchmarks.vocabulary import Vocabulary
-from das_asr.export.checkpoint import load_checkpoint
 from das_asr.runtime.backends.cuda_device import gpu_target
-from das_asr.runtime.contract import TensorSpec, cross_specs, lora_specs
 from das_asr.runtime.errors import BackendError, OptionError
 from das_asr.runtime.manifest import check_files, read_manifest
-from tests.bundles import make_bundle
-from tests.checkpoints import make_base
 
 SMALL = models.RandomShape(
     d_model=64, layers=2, heads=4, ffn=128, window_seconds=2, text_positions=32,
@@ -116,23 +110,6 @@ def test_the_rule_on_the_device_is_the_papers() -> None:
     rows = paper_rows(torch.from_numpy(confidences), 0.025).tolist()
     assert rows == [paper_row(row.tolist(), 0.025) for row in confidences]
     assert set(rows) == {0, 1, 2, 3}
-
-
-def test_bytes_of_a_step_are_those_of_the_tensors_it_reads(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    dims = load_checkpoint(base).dimensions
-    read = step_bytes(dims, batch=3, rows=4, rank=5, cached=7, item=4)
-    sizes = {"batch": 3, "rows": 4, "rank": 5, "audio": dims.audio_positions}
-
-    def count(spec: TensorSpec) -> int:
-        return int(np.prod([sizes[size] if isinstance(size, str) else size for size in spec.shape]))
-
-    assert read["cross"] == 4 * sum(map(count, cross_specs(dims)))
-    assert read["lora"] == 4 * sum(count(spec) for spec in lora_specs(dims) if not spec.name.startswith("lora_cv_a"))
-    graph = onnx.load(make_bundle(base, {}, tmp_path / "bundle") / "decoder.onnx", load_external_data=False).graph
-    matrices = [weight.dims for weight in graph.initializer if len(weight.dims) == 2]
-    positions = dims.text_positions * dims.d_model  # of this table a step reads one row
-    assert read["layers"] + read["lm_head"] == 4 * (sum(map(np.prod, matrices)) - positions)
 
 
 def test_plans_that_make_no_sense() -> None:
