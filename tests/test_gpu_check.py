@@ -18,8 +18,10 @@ from das_asr.benchmarks import gpu_check, machine, models
 from das_asr.benchmarks.baselines import SequentialLora as OneUtterance
 from das_asr.benchmarks.gpu import ours
 from das_asr.benchmarks.gpu.ours import prepared_bundle
-from das_asr.benchmarks.gpu.pytorch import paper_rows
-from das_asr.benchmarks.gpu.table import Plan, measure_table
+from das_asr.benchmarks.gpu.pytorch import Task, paper_rows
+from das_asr.benchmarks.gpu.report import TITLES, render_gpu, render_gpu_table
+from das_asr.benchmarks.gpu.table import GPU_SYSTEMS, Plan, measure_table, step_needs
+from das_asr.benchmarks.kinds import read_results
 from das_asr.benchmarks.systems import Work
 from das_asr.benchmarks.torchloop import paper_row
 from das_asr.benchmarks.vocabulary import Vocabulary
@@ -102,6 +104,34 @@ def test_a_system_that_fails_is_a_record_and_the_others_go_on(checkpoint: Path) 
     assert failed["system"] == "das-tensorrt"
     assert failed["error"].startswith(("BackendError: ", "OptionError: "))
     assert (ran["system"], len(ran["tokens"])) == ("transformers", 6)
+
+
+def test_the_records_make_a_report(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    gpu_check.run_piece(output, "table tokens=12 cpu", "cpu", lambda _: records)
+    (result,) = read_results([output])
+    table = render_gpu_table([result])
+    for record in (record for record in records if "error" not in record):
+        assert f"{record['rtf']:.5f} ({record['step_ms']['median']:.2f})" in table
+    report = render_gpu([result])
+    assert table in report
+    for record in (record for record in records if "error" in record):
+        assert record["error"] in report
+    assert set(TITLES) == set(GPU_SYSTEMS)
+
+
+def test_what_a_step_needs_is_told_for_the_adapters_of_the_task(checkpoint: Path) -> None:
+    """Only on a GPU is it part of a record."""
+    adapters = tuple(models.adapter_folders(checkpoint, 4, 2))
+    plan = Plan(checkpoint, "cpu", rank=4)
+    bundle = prepared_bundle(checkpoint, ("fp16", "fp32"), [].append)
+    found = {
+        (precision, len(chosen)): step_needs(plan, Task(checkpoint, chosen, precision, "cpu"), 3, bundle).bytes
+        for precision in ("fp32", "fp16")
+        for chosen in ((), adapters)
+    }
+    assert found["fp32", 2] > found["fp32", 0]
+    assert found["fp16", 2] == pytest.approx(found["fp32", 2] / 2, rel=2e-2)
 
 
 def test_the_rule_on_the_device_is_the_papers() -> None:

@@ -180,9 +180,9 @@ def _floor(result: Result, records: Sequence[Record]) -> Iterator[str]:
     if not known or not rates:
         return
     yield (
-        f"The floor: this GPU copies {rates['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written, and passes an "
-        f"empty node of a CUDA graph in {1e6 * rates['graph_node_seconds']:.2f} us. A step takes at least the longer of "
-        "the two times; the shares say how close it comes."
+        f"The floor: this GPU reads and writes {rates['copy_bytes_per_second'] / 1e9:.0f} GB/s when it copies, and an "
+        f"empty node of a CUDA graph takes {1e6 * rates['graph_node_seconds']:.2f} us. A step takes at least the "
+        "longer of the two times; the shares say how close it comes."
     )
     head = ["system", "precision", "batch", "domains", "ms per step", "MB read", "ms at that rate", "%"]
     rows = [_floor_cells(record, rates) for record in known]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["GPU_SYSTEMS", "Plan", "System", "measure_table"]
+__all__ = ["GPU_SYSTEMS", "Plan", "System", "measure_table", "step_needs"]
 
 GPU_SYSTEMS = (*PYTORCH_SYSTEMS, *OUR_SYSTEMS)
 _BASE_ALONE = ("transformers", "transformers-compiled")
@@ -205,10 +205,10 @@ def _step(
     lengths = (plan.short, plan.tokens)
     counted = [count_kernels(functools.partial(system.transcribe, features, tokens)) for tokens in lengths]
     kernels = (counted[1] - counted[0]) / (plan.tokens - plan.short)
-    return {"step_kernels": kernels, "demand": {"step": asdict(_demand(plan, task, batch, bundle))}}
+    return {"step_kernels": kernels, "demand": {"step": asdict(step_needs(plan, task, batch, bundle))}}
 
 
-def _demand(plan: Plan, task: Task, batch: int, bundle: Path) -> Demand:
+def step_needs(plan: Plan, task: Task, batch: int, bundle: Path) -> Demand:
     """Of a step in the middle of those whose time is measured."""
     manifest = read_manifest(bundle)
     return step_demand(
