@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from das_asr.benchmarks.models import SAMPLE_RATE, cache_root
-from das_asr.runtime.errors import ExportError
-from das_asr.runtime.manifest import MANIFEST_NAME, sha256_of
+from das_asr.runtime.errors import ExportError, OptionError
+from das_asr.runtime.manifest import MANIFEST_NAME, read_manifest, sha256_of
 
-__all__ = ["bundle_for"]
+__all__ = ["bundle_for", "check_base"]
 
 CLIP_SECONDS = 2
 
@@ -58,6 +58,23 @@ def bundle_for(
         if not (bundle / MANIFEST_NAME).is_file():  # else another process was faster
             raise
     return bundle
+
+
+def check_base(bundle: Path, checkpoint: Path, flag: str) -> None:
+    """Refuses a bundle that was exported from other weights than a checkpoint's; `flag` is what named that one.
+
+    Raises:
+        OptionError: saying which is of what.
+        BundleError: the bundle cannot be read.
+    """
+    from das_asr.export.checkpoint import load_checkpoint
+
+    base, weights = read_manifest(bundle).base, load_checkpoint(checkpoint).sha256
+    if base.sha256 != weights:
+        raise OptionError(
+            f"--bundle {bundle} was exported from {base.id} with weights {base.sha256[:12]}..., {flag} {checkpoint} "
+            f"has {weights[:12]}... Give a bundle of that model."
+        )
 
 
 def _export(checkpoint: Path, adapters: Sequence[Path], precisions: tuple[str, ...], output: Path) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from das_asr.benchmarks.arguments import whole_numbers
+from das_asr.benchmarks.load_options import PEERS, LoadOptions
 from das_asr.benchmarks.output import check_folders, write_result, write_whole
 from das_asr.benchmarks.peers_cli import peers_command
 from das_asr.benchmarks.settings_cli import context_command, prune_command, replay_command
 from das_asr.benchmarks.wer_cli import forgetting_command, numbers, tables_command, tune_command, wer_command
 from das_asr.runtime.console import Group
+from das_asr.runtime.errors import OptionError
 
 __all__ = ["main"]
 
@@ -57,7 +59,7 @@ main.add_command(replay_command)
 def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: Any) -> None:
     """Real-time factor over the number of domains, and over real audio."""
     from das_asr.benchmarks.free import FreeOptions
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.machine import result_head
     from das_asr.benchmarks.rates import measure_rates
     from das_asr.benchmarks.rtf import RtfOptions
     from das_asr.benchmarks.worker import run_task
@@ -65,7 +67,7 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     check_folders(output=output)
     chosen = RtfOptions(**options)
     free = FreeOptions.of(audio, bundle, chosen)
-    before = {"kind": "rtf", "schema": 1, **describe_run(), "machine": describe_machine()}
+    before = result_head("rtf")
     specification = {"rtf": dataclasses.asdict(chosen), "free": free and dataclasses.asdict(free)}
     rates = measure_rates(chosen.threads)
     measured = run_task("rtf", specification, chosen.threads)
@@ -83,7 +85,7 @@ def rtf(audio: tuple[Path, ...], bundle: Path | None, output: Path, **options: A
     "--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File to put the table in."
 )
 def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, readme: Path | None) -> None:
-    """Tables and a picture from results of `das-bench rtf` or of `das-bench peers`.
+    """Tables and a picture from results of `rtf`, of `peers`, or of `gpu_check`, of which there is no picture.
 
     With no option, the report goes to standard output.
     """
@@ -91,12 +93,14 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
     from das_asr.benchmarks.report import replace_between_markers
 
     kind, data = read_kind(results)
+    if plot and kind.plot is None:
+        raise OptionError(f"--plot {plot}: there is no picture of what `{kind.command}` measures. Leave it out.")
     if markdown:
         write_whole(markdown, kind.report(data))
     if readme:
         text = readme.read_text(encoding="utf-8")
         write_whole(readme, replace_between_markers(text, kind.table(data), kind.markers))
-    if plot:
+    if plot and kind.plot:
         kind.plot(data, plot)
     if not (markdown or plot or readme):
         click.echo(kind.report(data), nl=False)
@@ -113,15 +117,21 @@ def report(results: tuple[Path, ...], markdown: Path | None, plot: Path | None, 
 @click.option("--threads", default=1, show_default=True, help="Of a run of a graph.")
 @click.option("--precision", help="Of the bundle; by default its first.")
 @click.option("--seed", default=0, show_default=True, help="Of arrivals, clips and adapters.")
+@click.option("--peer", type=click.Choice(PEERS), help="A program to compare with, all utterances at hand.")
+@click.option("--base", type=click.Path(path_type=Path), help="Checkpoint that the bundle is of, for --peer.")
+@click.option("--repeats", default=3, show_default=True, help="Interleaved repeats of the comparison with --peer.")
 @click.option("--output", "-o", required=True, type=OUTPUT, help="JSON file to write.")
 def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **options: Any) -> None:
-    """Throughput and latency under Poisson arrivals: continuous batching, static batches, one at a time."""
-    from das_asr.benchmarks.load import LoadOptions, measure_load, render_load
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    """Throughput and latency under Poisson arrivals: continuous batching, static batches, one at a time.
+
+    With --peer, also what faster-whisper's batched pipeline does with the same utterances on the base alone.
+    """
+    from das_asr.benchmarks.load import measure_load, render_load
+    from das_asr.benchmarks.machine import result_head
 
     check_folders(output=output)
     chosen = LoadOptions(audio=audio, rates=numbers("rates", rates), patterns=tuple(patterns.split(",")), **options)
-    before = {"kind": "load", "schema": 1, **describe_run(), "machine": describe_machine()}
+    before = result_head("load")
     result = {**before, **measure_load(chosen, lambda text: click.echo(text, err=True))}
     write_result(output, result)
     click.echo(render_load(result), nl=False)
@@ -139,12 +149,12 @@ def load(audio: tuple[Path, ...], rates: str, patterns: str, output: Path, **opt
 @click.option("--output", "-o", type=OUTPUT, help="JSON file to write.")
 def profile(output: Path | None, **options: Any) -> None:
     """Where the time of a step and of the encoder goes: by part of the network and by operator."""
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.machine import result_head
     from das_asr.benchmarks.step_profile import ProfileOptions, measure_profiles, render_profiles
 
     check_folders(output=output)
     chosen = ProfileOptions(**options)
-    before = {"kind": "profile", "schema": 1, **describe_run(), "machine": describe_machine()}
+    before = result_head("profile")
     measured = measure_profiles(chosen, lambda text: click.echo(text, err=True))
     result = {**before, "arguments": dataclasses.asdict(chosen), **measured}
     if output:

@@ -5,7 +5,8 @@
     floor_ms     the larger of the two: a run that overlaps them perfectly takes no longer
 
 With few rows a step waits for memory, with many it computes. Weights are counted in the graph's file, tensor by tensor,
-so the figures follow the precision; what is fed (cross-attention, caches) follows from the model's sizes.
+so the figures follow the precision; adapters and what is fed (cross-attention, caches) follow from the sizes, for they
+need not be those that the file was exported with.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from das_asr.runtime.manifest import Dimensions, read_manifest
 __all__ = ["Demand", "demands", "encoder_demand", "floor_ms", "step_demand"]
 
 FLOAT = 4  # bytes
+HALF = 2
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulInteger")
 INTEGER_PRODUCTS = ("MatMulNBits", "MatMulInteger")
 
@@ -53,37 +55,45 @@ def floor_ms(demand: Mapping[str, int], rates: Rates) -> dict[str, float]:
     return {"read": read, "compute": compute, "floor": max(read, compute)}
 
 
-def step_demand(graph: Path, dims: Dimensions, rows: int, past: int) -> Demand:
-    """One step of a decoder file: every row feeds one token.
+def step_demand(
+    graph: Path, dims: Dimensions, rows: int, past: int, *, batch: int = 1, rank: int | None = None
+) -> Demand:
+    """One step of a decoder file: every row of every utterance feeds one token.
 
     Args:
-        graph: `decoder.onnx` of some precision, with the adapters of all rows.
+        graph: a decoder of some precision, with whatever cache.
         dims: the model's sizes.
         rows: R.
         past: tokens in the self-attention cache.
+        batch: utterances B.
+        rank: of the adapters; None is that of the graph's own.
     """
     model = _load(graph)
-    rank = int(_shapes(model)["lora_cv_b0"][-2])
+    rank = rank or int(_shapes(model)["lora_cv_b0"][-2])
     audio, width, layers = dims.audio_positions, dims.d_model, dims.decoder_layers
     shared = 2 * audio * width  # cross keys and values
     row = audio * rank + 2 * past * width  # low-rank values, own keys and values
     attention = 4 * audio * width + 2 * audio * rank * dims.decoder_heads + 4 * past * width
-    fed = Demand(FLOAT * layers * (shared + rows * row), layers * rows * attention, 0)
-    return fed + _weights(model, rows, 1)
+    item = _item(model, "past_k0")
+    fed = Demand(item * layers * batch * (shared + rows * row), layers * batch * rows * attention, 0)
+    adapters = layers * rows * rank * width * 7  # sq, sv and cq have A and B; of cv the decoder reads B alone
+    return fed + Demand(item * adapters, 2 * adapters * batch, 0) + _weights(model, batch * rows)
 
 
 def encoder_demand(graph: Path, dims: Dimensions) -> Demand:
     """One window through an encoder file."""
     model = _load(graph)
-    shapes, positions = _shapes(model), dims.frames
+    shapes, positions, item = _shapes(model), dims.frames, _item(model, "lora_cv_a0")
+    adapters = sum(math.prod(shapes[name]) for name in _inputs(model) & shapes.keys())
     convolutions = 0
     for node in model.graph.node:
         if node.op_type == "Conv":
             positions //= next((item.ints[0] for item in node.attribute if item.name == "strides"), 1)
             convolutions += 2 * positions * math.prod(shapes[node.input[1]])
     attention = 4 * dims.encoder_layers * dims.audio_positions**2 * dims.d_model
-    features = FLOAT * dims.mels * dims.frames
-    return Demand(features, convolutions + attention, 0) + _weights(model, dims.audio_positions, dims.audio_positions)
+    read = FLOAT * dims.mels * dims.frames + item * adapters
+    operations = convolutions + attention + 2 * adapters * dims.audio_positions
+    return Demand(read, operations, 0) + _weights(model, dims.audio_positions)
 
 
 def _load(graph: Path) -> Any:
@@ -92,37 +102,50 @@ def _load(graph: Path) -> Any:
     return onnx.load(graph, load_external_data=False)
 
 
-def _weights(model: Any, vectors: int, vectors_of_adapters: int) -> Demand:
-    """Bytes of all tensors but those that are only looked up in, and operations of the products with them.
+def _weights(model: Any, vectors: int) -> Demand:
+    """Bytes of the base's tensors but those that are only looked up in, and operations of the products with them.
 
     Args:
         model: a graph.
         vectors: that every weight [in, out] is multiplied with.
-        vectors_of_adapters: that every row's part of an adapter's tensor [R, in, out] is multiplied with.
     """
-    shapes, adapters = _shapes(model), {item.name for item in model.graph.input}
+    adapters = _inputs(model)
+    shapes = {name: shape for name, shape in _shapes(model).items() if name not in adapters}
     read = {name for node in model.graph.node if node.op_type != "Gather" for name in node.input if name in shapes}
     size = sum(_bytes(item) for item in model.graph.initializer if item.name in read)
     total = Demand(size, 0, 0)
-    for node, name, elements in _products(model, shapes):
-        operations = 2 * elements * (vectors_of_adapters if name in adapters else vectors)
+    for node, elements in _products(model, shapes):
+        operations = 2 * elements * vectors
         integer = node.op_type in INTEGER_PRODUCTS
         total += Demand(0, 0 if integer else operations, operations if integer else 0)
     return total
 
 
-def _products(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Any, str, int]]:
-    """Products with a stored operand: (node, its name, its elements)."""
+def _products(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Any, int]]:
+    """Products with an operand in `shapes`: (node, that operand's elements)."""
     for node in model.graph.node:
         name = next((name for name in node.input if name in shapes), None)
         if node.op_type in PRODUCTS and name is not None:
             sizes = {item.name: item.i for item in node.attribute if item.name in ("K", "N")}
             packed = node.op_type == "MatMulNBits"
-            yield node, name, sizes["K"] * sizes["N"] if packed else math.prod(shapes[name])
+            yield node, sizes["K"] * sizes["N"] if packed else math.prod(shapes[name])
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {item.name: tuple(item.dims) for item in model.graph.initializer}
+
+
+def _inputs(model: Any) -> set[str]:
+    """Names of the graph's inputs; those that are stored as well are adapters."""
+    return {item.name for item in model.graph.input}
+
+
+def _item(model: Any, name: str) -> int:
+    """Bytes of a number of a graph's input; bfloat16 is none of numpy's types."""
+    from onnx import TensorProto
+
+    (kind,) = (item.type.tensor_type.elem_type for item in model.graph.input if item.name == name)
+    return FLOAT if kind == TensorProto.FLOAT else HALF
 
 
 def _bytes(item: Any) -> int:

@@ -225,7 +225,7 @@ def _environment(device: str) -> dict[str, Any]:
     import onnxruntime
     import torch
 
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.machine import describe_run
     from das_asr.runtime.backends.cuda_device import gpu_target
     from das_asr.runtime.backends.tensorrt_library import installed_libraries
 
@@ -235,7 +235,7 @@ def _environment(device: str) -> dict[str, Any]:
         gpu |= {"name": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
         gpu["driver"] = _printed(["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem", "--format=csv"])
     providers = onnxruntime.get_available_providers()
-    return {**describe_run(), "machine": describe_machine(), "gpu": gpu, "providers": providers}
+    return {**describe_run(), "gpu": gpu, "providers": providers}
 
 
 def _tests(select: str) -> dict[str, Any]:

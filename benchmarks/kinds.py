@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from das_asr.benchmarks.gpu.report import GPU_COMMAND, GPU_MARKERS, render_gpu, render_gpu_table
 from das_asr.benchmarks.peers.plot import plot_peers
 from das_asr.benchmarks.peers.report import PEERS_MARKERS, render_peers, render_peers_table
 from das_asr.benchmarks.plot import plot_rtf
@@ -23,15 +24,17 @@ Results = Sequence[dict[str, Any]]
 class Kind:
     """What can be made of the results of one command."""
 
+    command: str  # what writes them
     report: Callable[[Results], str]
     table: Callable[[Results], str]  # for the README
     markers: tuple[str, str]
-    plot: Callable[[Results, Path], None]
+    plot: Callable[[Results, Path], None] | None  # None where there is no picture
 
 
 KINDS = {
-    "rtf": Kind(render_report, render_rtf_table, MARKERS, plot_rtf),
-    "peers": Kind(render_peers, render_peers_table, PEERS_MARKERS, plot_peers),
+    "rtf": Kind("das-bench rtf", render_report, render_rtf_table, MARKERS, plot_rtf),
+    "peers": Kind("das-bench peers", render_peers, render_peers_table, PEERS_MARKERS, plot_peers),
+    "gpu": Kind(GPU_COMMAND, render_gpu, render_gpu_table, GPU_MARKERS, None),
 }
 
 
@@ -54,7 +57,7 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         OptionError: a file is missing, or is not a result of a command of `KINDS`.
     """
-    commands = " or ".join(f"`das-bench {name}`" for name in KINDS)
+    commands = " or ".join(f"`{kind.command}`" for kind in KINDS.values())
     results = []
     for path in paths:
         try:

@@ -21,59 +21,21 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from das_asr.benchmarks.audio import find_audio
+from das_asr.benchmarks.load_options import LoadOptions
+from das_asr.benchmarks.load_peer import check_peer, measure_peer, render_peer
 from das_asr.benchmarks.load_servers import SERVERS, Request, Server, open_server
 from das_asr.benchmarks.output import plain_options
 from das_asr.runtime import QueueFullError, SchedulerOptions, Transcriber, Transcription
 from das_asr.runtime.audio import load_audio
-from das_asr.runtime.errors import OptionError
+from das_asr.runtime.manifest import read_manifest
 
-__all__ = ["PATTERNS", "LoadOptions", "measure_load", "render_load"]
-
-PATTERNS = ("all", "same", "uniform", "zipf")
-"""Which adapters a request asks for: all of them; the first; one, each as often; one, the n-th 1 / n times as often."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Options of `measure_load`.
-
-    Attributes:
-        bundle: what serves.
-        audio: clips that requests are drawn from.
-        requests: per measurement.
-        rates: of arrivals, as shares of the capacity.
-        patterns: of `PATTERNS`.
-        max_batch: utterances decoded together.
-        max_queue: requests that may wait.
-        threads: of a run of a graph.
-        precision: of the bundle; None is its default.
-        seed: of arrivals, clips and adapters.
-    """
-
-    bundle: Path
-    audio: tuple[Path, ...]
-    requests: int = 100
-    rates: tuple[float, ...] = (0.5, 0.7, 0.9, 4.0)
-    patterns: tuple[str, ...] = ("all",)
-    max_batch: int = 8
-    max_queue: int = 64
-    threads: int = 1
-    precision: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if wrong := [pattern for pattern in self.patterns if pattern not in PATTERNS]:
-            raise OptionError(f"--patterns has {wrong[0]!r}, expected {', '.join(PATTERNS)}.")
-        if not all(0 < rate <= 100 for rate in self.rates):
-            raise OptionError(f"--rates is {self.rates}, expected shares of the capacity such as 0.5,0.7,4.")
-        if self.requests < 10:
-            raise OptionError(f"--requests is {self.requests}, expected at least 10: fewer have no percentiles.")
+__all__ = ["measure_load", "render_load"]
 
 
 @dataclass(frozen=True)
@@ -93,13 +55,18 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
     """Saturates every server, then lets requests arrive; returns rows of figures.
 
     Raises:
-        OptionError: there is no audio.
+        OptionError: there is no audio, or the peer and the bundle do not go together.
         BundleError: the bundle cannot be used.
+        UnavailableError: a package of the peer is missing.
     """
+    check_peer(options)
+    clips = _clips(options)
+    spoken = [one.samples for one in _requests(options, clips, (), "all")]
+    peer = measure_peer(options, spoken, say) if options.peer else None
     runs: list[dict[str, Any]] = []
     for pattern in options.patterns:
         with _load(options, max(options.max_queue, options.requests)) as transcriber:
-            asked = _requests(options, transcriber, pattern)
+            asked = _requests(options, clips, transcriber.adapters, pattern)
             for name in SERVERS:  # each once without being counted: pages and buffers come with the first requests
                 with open_server(name, transcriber, options.max_batch) as server:
                     _burst(server, asked[: options.max_batch])
@@ -112,7 +79,7 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
                 found = _measured(name, transcriber, options, asked, rate * capacity)
                 runs.append(_row(name, pattern, rate, *found))
                 say(f"{pattern}, {name} at {rate:g} of the capacity: p95 {runs[-1]['latency']['p95']:.3f} s")
-    return {"options": plain_options(options), "runs": runs}
+    return {"options": plain_options(options), "runs": runs, "peer": peer}
 
 
 def _load(options: LoadOptions, max_queue: int) -> Transcriber:
@@ -120,11 +87,15 @@ def _load(options: LoadOptions, max_queue: int) -> Transcriber:
     return Transcriber.load(options.bundle, threads=options.threads, precision=options.precision, scheduling=scheduling)
 
 
-def _requests(options: LoadOptions, transcriber: Transcriber, pattern: str) -> list[Request]:
-    rate = transcriber.manifest.audio.sample_rate
-    clips = [load_audio(path, target_rate=rate) for path in find_audio(options.audio)]
+def _clips(options: LoadOptions) -> list[NDArray[np.float32]]:
+    rate = read_manifest(options.bundle).audio.sample_rate
+    return [load_audio(path, target_rate=rate) for path in find_audio(options.audio)]
+
+
+def _requests(
+    options: LoadOptions, clips: Sequence[NDArray[np.float32]], names: tuple[str, ...], pattern: str
+) -> list[Request]:
     rng = random.Random(f"{options.seed} {pattern}")  # noqa: S311
-    names = transcriber.adapters
     weights = [1 / place if pattern == "zipf" else 1.0 for place in range(1, len(names) + 1)]
 
     def adapters() -> tuple[str, ...]:
@@ -238,4 +209,5 @@ def render_load(result: dict[str, Any]) -> str:
         queue = f"{run['queue']['p50']:.3f}"
         cells = [run["pattern"], rate, run["server"], *figures, queue, latency, str(run["refused"])]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    table = "\n".join(lines) + "\n"
+    return f"{table}\n{render_peer(result['peer'])}" if result["peer"] else table

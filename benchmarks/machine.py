@@ -14,34 +14,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "describe_run", "package_versions", "pinned", "quiet_libraries", "usable_cores"]
+__all__ = [
+    "describe_run",
+    "package_versions",
+    "pinned",
+    "quiet_libraries",
+    "result_head",
+    "usable_cores",
+]
 
 PACKAGES = ("das-asr", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, system and frequency governor; None for what cannot be read."""
-    import psutil
+def result_head(kind: str) -> dict[str, Any]:
+    """How a results file begins; `kind` is the command's name, by which those that read the file know what is in it.
 
-    memory = psutil.virtual_memory()
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "usable_cores": len(usable_cores()),
-        "memory_gib": round(memory.total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "architecture": platform.machine(),
-        "governor": _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-    }
+    To be asked for before anything is measured: the load of the machine is that of the moment.
+    """
+    return {"kind": kind, "schema": 1, **describe_run()}
 
 
 def describe_run() -> dict[str, Any]:
-    """Date, versions and, inside a checkout, the commit."""
+    """Date, versions, machine and, inside a checkout, the commit."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **package_versions()},
+        "machine": _machine(),
     }
 
 
@@ -96,6 +95,23 @@ def quiet_libraries() -> Iterator[None]:
             logging.set_verbosity(level)
             if bars:
                 logging.enable_progress_bar()
+
+
+def _machine() -> dict[str, Any]:
+    """Processor, cores, memory, system and frequency governor; None for what cannot be read."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(usable_cores()),
+        "memory_gib": round(memory.total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "governor": _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
 
 
 def _processor() -> str | None:

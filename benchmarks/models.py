@@ -82,8 +82,8 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "das-asr"
 
 
-def resolve_model(name: str, cache: Path | None = None) -> Path:
-    """A checkpoint directory: the given one, or the cached random whisper-base.
+def resolve_model(name: str, cache: Path | None = None, flag: str = "--model") -> Path:
+    """A checkpoint directory: the given one, or the cached random whisper-base; `flag` is the option that named it.
 
     Raises:
         OptionError: neither a directory nor the name of the random model.
@@ -93,7 +93,7 @@ def resolve_model(name: str, cache: Path | None = None) -> Path:
     path = Path(name)
     if not (path / "config.json").is_file():
         raise OptionError(
-            f"--model {name!r} is neither {BASE_RANDOM!r} nor a Whisper checkpoint directory (no config.json in it). "
+            f"{flag} {name!r} is neither {BASE_RANDOM!r} nor a Whisper checkpoint directory (no config.json in it). "
             "Give the directory that transformers' save_pretrained wrote."
         )
     return path

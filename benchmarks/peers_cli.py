@@ -56,7 +56,7 @@ def peers_command(
     **options: Any,
 ) -> None:
     """The same checkpoint and audio through other programs, one beside the other."""
-    from das_asr.benchmarks.machine import describe_machine, describe_run
+    from das_asr.benchmarks.machine import result_head
     from das_asr.benchmarks.peers.engines import ENGINES, Tools
     from das_asr.benchmarks.peers.measure import prepare_peers, run_peers
     from das_asr.benchmarks.peers.report import render_peers
@@ -78,7 +78,7 @@ def peers_command(
     if output is None:
         prepare_peers(chosen, log)
         return
-    before = {"kind": "peers", "schema": 1, **describe_run(), "machine": describe_machine()}
+    before = result_head("peers")
     result = {**before, "arguments": plain_options(chosen), **run_peers(chosen, log)}
     write_result(output, result)
     if markdown:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from das_asr.benchmarks.machine import describe_machine, describe_run, pinned
+from das_asr.benchmarks.machine import pinned, result_head
 from das_asr.benchmarks.output import plain_path
 from das_asr.benchmarks.wer_report import markdown_table
 from das_asr.runtime.adapter_sets import AdapterSet, AdapterSets
@@ -78,6 +78,7 @@ def replay(
     manifest = read_manifest(bundle)
     if manifest.rows < 2:
         raise OptionError(f"{bundle} has no adapters, so there is no row to leave out. Give another bundle.")
+    head = result_head("replay")
     backend = create_backend("onnxruntime", bundle, manifest, BackendOptions(threads=threads))
     count, room = len(traces[0].steps), manifest.dimensions.text_positions - _PROMPT
     batches = {trace.setting: trace.scaled(manifest.rows, room) for trace in traces}
@@ -96,10 +97,7 @@ def replay(
     backend.close()
     runs = [_summary(name, times, [batches[name][index] for index in chosen]) for name, times in seconds.items()]
     return {
-        "kind": "replay",
-        "schema": 1,
-        **describe_run(),
-        "machine": describe_machine(),
+        **head,
         "bundle": plain_path(bundle),
         "rows": manifest.rows,
         "threads": threads,

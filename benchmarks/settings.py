@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from das_asr.benchmarks.machine import describe_machine, describe_run
+from das_asr.benchmarks.machine import describe_run
 from das_asr.benchmarks.output import plain_options
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
 from das_asr.benchmarks.wer import WerOptions, list_sentences
@@ -98,6 +98,7 @@ def compare_settings(
     """
     if len(settings) < 2:
         raise OptionError("There is one setting only, and nothing to compare it with. Give more.")
+    run = describe_run()
     shared = options.decoding.choices(**options.common)
     decoding = {each.name: DecodingOptions(**_fields(shared), **each.choices) for each in settings}
     normalize = options.wording.normalizer()
@@ -125,8 +126,7 @@ def compare_settings(
         baseline=settings[0].name,
         wording=plain_options(options.wording),
         about={
-            **describe_run(),
-            "machine": describe_machine(),
+            **run,
             "arguments": plain_options(options),
             "rows": rows,
             "cost": costs,

@@ -6,17 +6,28 @@ be measured alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from das_asr.benchmarks.timing import Utterance
+    from das_asr.benchmarks.timing import Burst, Utterance
 
-__all__ = ["SYSTEMS", "YARDSTICK", "History", "System", "SystemInfo", "Work", "open_system", "system_names"]
+__all__ = [
+    "SYSTEMS",
+    "YARDSTICK",
+    "BatchSystem",
+    "History",
+    "System",
+    "SystemInfo",
+    "Work",
+    "open_system",
+    "system_names",
+]
 
 History = Literal["base", "shared", "own"]
 
@@ -74,6 +85,15 @@ class System(Protocol):
 
     def close(self) -> None:
         """Gives its memory back."""
+        ...
+
+
+@runtime_checkable
+class BatchSystem(Protocol):
+    """A system that also takes many utterances at once."""
+
+    def transcribe_all(self, clips: Sequence[NDArray[np.float32]], size: int) -> Burst:
+        """Transcribes clips, each as `System.transcribe` has them, in batches of up to `size`."""
         ...
 
 

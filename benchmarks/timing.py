@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-__all__ = ["ModelClock", "Summary", "Utterance", "percentile", "summarize"]
+__all__ = ["Burst", "ModelClock", "Summary", "Utterance", "percentile", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ class Utterance:
     steps: tuple[float, ...]
     selection: float | None = None
     host: float | None = None
+
+
+@dataclass(frozen=True)
+class Burst:
+    """What one system made of many utterances that were all at hand."""
+
+    seconds: float  # from samples to the last text
+    tokens: tuple[tuple[int, ...], ...]  # new tokens of each utterance, in their order
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from das_asr.benchmarks.machine import describe_machine, describe_run
+from das_asr.benchmarks.machine import describe_run
 from das_asr.benchmarks.output import plain_path
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
 from das_asr.benchmarks.wer import open_pool, row_errors, winners
@@ -190,6 +190,7 @@ def tune(
         OptionError: the bundle has no adapters, or a retained set is missing.
         BundleError: the bundle is incomplete or damaged.
     """
+    run = describe_run()
     pool = open_bundle(options.bundle)
     if not pool.adapters:
         raise OptionError(f"{options.bundle} has no adapters, so there is nothing to tune. Export it with some.")
@@ -213,7 +214,7 @@ def tune(
         retained=retained,
         trials=tuple(dataclasses.replace(trial, allowed=fine) for trial, fine in zip(trials, harmless, strict=True)),
         wording=json.loads(json.dumps(dataclasses.asdict(options.wording), default=str)),
-        about={**describe_run(), "machine": describe_machine(), "bundle": plain_path(options.bundle)},
+        about={**run, "bundle": plain_path(options.bundle)},
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.benchmarks.machine import describe_machine, describe_run
+from das_asr.benchmarks.machine import describe_run
 from das_asr.benchmarks.output import plain_options
 from das_asr.benchmarks.testsets import EvaluationSet, check_references, fit_window
 from das_asr.benchmarks.wer_decode import Decoded, DecodeOptions, JointText, OwnTexts, decode_set
@@ -62,6 +62,7 @@ def evaluate(
         OptionError: a system does not fit its bundle, or there is no baseline.
         BundleError, AdapterError, ExportError: a folder of a system is broken.
     """
+    run = describe_run()
     systems = _with_baseline(systems, options.baseline)
     normalize = options.wording.normalizer()
     check_references(sets, normalize)
@@ -79,7 +80,7 @@ def evaluate(
         systems=tuple(SystemResult(system.name, system.description, found[system.name]) for system in systems),
         baseline=options.baseline,
         wording=plain_options(options.wording),
-        about={**describe_run(), "machine": describe_machine(), "arguments": plain_options(options)},
+        about={**run, "arguments": plain_options(options)},
     )
 
 

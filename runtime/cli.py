@@ -77,6 +77,10 @@ _COLORS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="All but this need a GPU."
 )
+@click.option(
+    "--cuda-graphs/--no-cuda-graphs", default=False, show_default=True, help="On a GPU, record each step and repeat it."
+)
+@click.option("--allow-cpu-nodes", is_flag=True, help="On a GPU, accept that nodes fall back to another provider.")
 @click.option("--threads", type=int, help="Threads; by default all cores.")
 @click.option("--precision", help="Of the graphs; by default the bundle's first.")
 @click.version_option(package_name="das-asr")
@@ -89,6 +93,8 @@ def main(
     adapters: str | None,
     device: str,
     backend: str,
+    cuda_graphs: bool,
+    allow_cpu_nodes: bool,
     threads: int | None,
     precision: str | None,
     **choices: Any,
@@ -97,7 +103,10 @@ def main(
     options = DecodingOptions(adapters=_chosen(adapters), **choices)
     from das_asr.runtime.transcriber import Transcriber  # after the options: a wrong one is told at once
 
-    with Transcriber.load(bundle, device, threads, backend=backend, precision=precision) as transcriber:
+    with Transcriber.load(
+        bundle, device, threads, backend=backend, precision=precision, cuda_graphs=cuda_graphs,
+        allow_cpu_nodes=allow_cpu_nodes,
+    ) as transcriber:  # fmt: skip
         for name, directory in loaded:
             transcriber.load_adapter(name, directory)
         failed = 0

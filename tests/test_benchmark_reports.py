@@ -64,10 +64,11 @@ def test_one_thread_is_pinned_to_one_core_and_released() -> None:
 
 
 def test_machine_and_versions_are_described() -> None:
-    described, run = machine.describe_machine(), machine.describe_run()
-    assert described["processor"]
-    assert described["memory_gib"] > 0
-    assert {"python", "torch", "das-asr"} <= run["versions"].keys()
+    head = machine.result_head("rtf")
+    assert (head["kind"], head["schema"]) == ("rtf", 1)
+    assert head["machine"]["processor"]
+    assert head["machine"]["memory_gib"] > 0
+    assert {"python", "torch", "das-asr"} <= head["versions"].keys()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import pytest
 from click.testing import CliRunner
 
 from das_asr.benchmarks.cli import main
-from das_asr.benchmarks.floor import demands, floor_ms
+from das_asr.benchmarks.floor import demands, floor_ms, step_demand
 from das_asr.benchmarks.floor_report import floor_section
 from das_asr.benchmarks.rates import Rates, measure_rates
 from das_asr.benchmarks.step_profile import part_of
+from das_asr.export.checkpoint import load_checkpoint
+from das_asr.export.half import write_half
+from das_asr.runtime.contract import TensorSpec, cross_specs, lora_specs
 from das_asr.runtime.manifest import Dimensions, read_manifest
+from tests.bundles import make_bundle, small_graphs
+from tests.checkpoints import make_base
 
 PAST = 10
 
@@ -48,6 +54,35 @@ def test_a_step_needs_what_the_checkpoint_has(demo_base: Path, demo_bundle: Path
     attention = 4 * audio * width + 2 * audio * rank * dims.decoder_heads + 4 * PAST * width
     assert step["fp32"] == 2 * multiplied * rows + 2 * adapters + layers * rows * attention
     assert step["int8"] == 0
+
+
+def test_a_step_of_other_adapters_and_more_utterances_than_the_graph_has(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    dims = load_checkpoint(base).dimensions
+    graph = make_bundle(base, {}, tmp_path / "bundle") / "decoder_static.onnx"
+    batch, rows, rank = 3, 4, 5
+    sizes = {"batch": batch, "groups": 1, "rows": rows, "rank": rank, "audio": dims.audio_positions}
+
+    def count(spec: TensorSpec) -> int:
+        return math.prod(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+
+    adapters = sum(count(spec) for spec in lora_specs(dims) if not spec.name.startswith("lora_cv_a"))
+    cache = dims.decoder_layers * batch * rows * PAST * 2 * dims.d_model
+    read, multiplied = _decoder_weights(base)
+    step = step_demand(graph, dims, rows, PAST, batch=batch, rank=rank)
+    assert step.bytes == pytest.approx(4 * (read + adapters + sum(map(count, cross_specs(dims))) + cache), rel=2e-2)
+    alone = step_demand(graph, dims, rows, PAST, rank=rank)
+    assert step.fp32 == batch * alone.fp32  # every product has so many vectors more
+    assert alone.fp32 > 2 * multiplied * rows + 2 * adapters
+    assert step.bytes - alone.bytes == 4 * (batch - 1) * (sum(map(count, cross_specs(dims))) + cache) / batch
+
+
+def test_halves_are_half_the_bytes(tmp_path: Path) -> None:
+    dims, _ = small_graphs(tmp_path / "models", tmp_path / "fp32", {})
+    write_half(tmp_path / "fp32", "fp16", dims, tmp_path / "fp16")
+    wide, half = (step_demand(tmp_path / name / "decoder.onnx", dims, 3, PAST) for name in ("fp32", "fp16"))
+    assert half.bytes == pytest.approx(wide.bytes / 2, rel=2e-2)
+    assert half.fp32 == wide.fp32
 
 
 def test_the_encoder_multiplies_every_position(demo_base: Path, demo_bundle: Path) -> None:

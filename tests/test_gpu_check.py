@@ -11,27 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 from das_asr.benchmarks import gpu_check, machine, models
 from das_asr.benchmarks.baselines import SequentialLora as OneUtterance
 from das_asr.benchmarks.gpu import ours
-from das_asr.benchmarks.gpu.floor import step_bytes
 from das_asr.benchmarks.gpu.ours import prepared_bundle
-from das_asr.benchmarks.gpu.pytorch import paper_rows
-from das_asr.benchmarks.gpu.table import Plan, measure_table
+from das_asr.benchmarks.gpu.pytorch import Task, paper_rows
+from das_asr.benchmarks.gpu.report import TITLES, render_gpu, render_gpu_table
+from das_asr.benchmarks.gpu.table import GPU_SYSTEMS, Plan, measure_table, step_needs
+from das_asr.benchmarks.kinds import read_results
 from das_asr.benchmarks.systems import Work
 from das_asr.benchmarks.torchloop import paper_row
 from das_asr.benchmarks.vocabulary import Vocabulary
-from das_asr.export.checkpoint import load_checkpoint
 from das_asr.runtime.backends.cuda_device import gpu_target
-from das_asr.runtime.contract import TensorSpec, cross_specs, lora_specs
 from das_asr.runtime.errors import BackendError, OptionError
 from das_asr.runtime.manifest import check_files, read_manifest
-from tests.bundles import make_bundle
-from tests.checkpoints import make_base
 
 SMALL = models.RandomShape(
     d_model=64, layers=2, heads=4, ffn=128, window_seconds=2, text_positions=32,
@@ -110,29 +106,40 @@ def test_a_system_that_fails_is_a_record_and_the_others_go_on(checkpoint: Path) 
     assert (ran["system"], len(ran["tokens"])) == ("transformers", 6)
 
 
+def test_the_records_make_a_report(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    gpu_check.run_piece(output, "table tokens=12 cpu", "cpu", lambda _: records)
+    (result,) = read_results([output])
+    table = render_gpu_table([result])
+    for record in (record for record in records if "error" not in record):
+        assert f"{record['rtf']:.5f} ({record['step_ms']['median']:.2f})" in table
+    report = render_gpu([result])
+    assert table in report
+    for record in (record for record in records if "error" in record):
+        assert record["error"] in report
+    assert set(TITLES) == set(GPU_SYSTEMS)
+
+
+def test_what_a_step_needs_is_told_for_the_adapters_of_the_task(checkpoint: Path) -> None:
+    """Only on a GPU is it part of a record."""
+    adapters = tuple(models.adapter_folders(checkpoint, 4, 2))
+    plan = Plan(checkpoint, "cpu", rank=4)
+    bundle = prepared_bundle(checkpoint, ("fp16", "fp32"), [].append)
+    found = {
+        (precision, len(chosen)): step_needs(plan, Task(checkpoint, chosen, precision, "cpu"), 3, bundle).bytes
+        for precision in ("fp32", "fp16")
+        for chosen in ((), adapters)
+    }
+    assert found["fp32", 2] > found["fp32", 0]
+    assert found["fp16", 2] == pytest.approx(found["fp32", 2] / 2, rel=2e-2)
+
+
 def test_the_rule_on_the_device_is_the_papers() -> None:
     confidences = np.random.default_rng(0).random((500, 4)).astype(np.float32)
     confidences[:250] = 0.5 + 0.03 * confidences[:250]  # close enough for the base to win
     rows = paper_rows(torch.from_numpy(confidences), 0.025).tolist()
     assert rows == [paper_row(row.tolist(), 0.025) for row in confidences]
     assert set(rows) == {0, 1, 2, 3}
-
-
-def test_bytes_of_a_step_are_those_of_the_tensors_it_reads(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    dims = load_checkpoint(base).dimensions
-    read = step_bytes(dims, batch=3, rows=4, rank=5, cached=7, item=4)
-    sizes = {"batch": 3, "rows": 4, "rank": 5, "audio": dims.audio_positions}
-
-    def count(spec: TensorSpec) -> int:
-        return int(np.prod([sizes[size] if isinstance(size, str) else size for size in spec.shape]))
-
-    assert read["cross"] == 4 * sum(map(count, cross_specs(dims)))
-    assert read["lora"] == 4 * sum(count(spec) for spec in lora_specs(dims) if not spec.name.startswith("lora_cv_a"))
-    graph = onnx.load(make_bundle(base, {}, tmp_path / "bundle") / "decoder.onnx", load_external_data=False).graph
-    matrices = [weight.dims for weight in graph.initializer if len(weight.dims) == 2]
-    positions = dims.text_positions * dims.d_model  # of this table a step reads one row
-    assert read["layers"] + read["lm_head"] == 4 * (sum(map(np.prod, matrices)) - positions)
 
 
 def test_plans_that_make_no_sense() -> None:

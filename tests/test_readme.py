@@ -171,6 +171,6 @@ def test_the_table_is_what_was_measured(kind: str) -> None:
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     paths = [path for path in paths if json.loads(path.read_text("utf-8")).get("kind") == kind]
     text, markers = README.read_text("utf-8"), KINDS[kind].markers
-    assert bool(paths) == (markers[0] in text), f"results of `das-bench {kind}` and a place for them go together"
+    assert bool(paths) == (markers[0] in text), f"results of `{KINDS[kind].command}` and a place for them go together"
     if paths:
         assert replace_between_markers(text, KINDS[kind].table(read_results(paths)), markers) == text

@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from das_asr.runtime import Transcriber
+from das_asr.runtime import Transcriber, transcriber
+from das_asr.runtime.backends import BackendOptions
+from das_asr.runtime.cli import main
+from das_asr.runtime.errors import BackendError
+from das_asr.runtime.manifest import Manifest
 
 Done = subprocess.CompletedProcess
 
@@ -102,6 +107,7 @@ def test_adapters_are_chosen_and_added(demo_bundle: Path, demo_adapters: dict[st
         (["--threads", "0"], "threads is 0"),
         (["--rule", "paper", "--score", "total"], "score belongs to rule='hypothesis'"),
         (["--language", "xx"], "xx"),
+        (["--device", "cuda", "--backend", "ort-tensorrt", "--cuda-graphs"], "cuda_graphs=True does not go with"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -111,6 +117,37 @@ def test_wrong_options_are_one_message(demo_bundle: Path, clips: list[Path], opt
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (False, False)),
+        (["--cuda-graphs", "--allow-cpu-nodes"], (True, True)),
+        (["--no-cuda-graphs", "--device", "cuda"], (False, False)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_for_gpus_reach_the_backend(
+    demo_bundle: Path,
+    clips: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    expected: tuple[bool, bool],
+) -> None:
+    """Without a GPU nothing runs with them, so the backend is asked for and not opened."""
+    asked: list[BackendOptions] = []
+
+    def create(
+        _name: str, _directory: Path, _manifest: Manifest, given: BackendOptions, _precision: str | None
+    ) -> None:
+        asked.append(given)
+        raise BackendError("not opened")
+
+    monkeypatch.setattr(transcriber, "create_backend", create)
+    done = CliRunner().invoke(main, ["--bundle", str(demo_bundle), *options, str(clips[0])])
+    assert done.output == "Error: not opened\n"
+    assert [(one.cuda_graphs, one.allow_cpu_nodes) for one in asked] == [expected]
 
 
 def test_a_folder_that_is_no_bundle_is_one_message(tmp_path: Path, clips: list[Path]) -> None:

@@ -1,4 +1,7 @@
-"""What a step cannot be faster than on a GPU: bytes it must read over measured bandwidth, and launches it must make."""
+"""What a step cannot be faster than on a GPU: the bandwidth of its memory, and the launches that a step makes.
+
+What a step must read is told by `step_demand`, as on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +15,11 @@ from das_asr.benchmarks.gpu.clock import Device
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from das_asr.runtime.manifest import Dimensions
-
-__all__ = ["count_kernels", "measure_device", "step_bytes"]
+__all__ = ["count_kernels", "measure_device"]
 
 _COPY_BYTES = 1 << 30
 _NODES = 1000
 _REPEATS = 10
-
-
-def step_bytes(dims: Dimensions, *, batch: int, rows: int, rank: int, cached: int, item: int) -> dict[str, int]:
-    """Bytes that one step has to read at least.
-
-    Args:
-        dims: of the base.
-        batch: utterances B.
-        rows: R.
-        rank: r of the adapters.
-        cached: tokens in the self-attention cache.
-        item: bytes of a number: 2 or 4.
-    """
-    width, layers = dims.d_model, dims.decoder_layers
-    attention = 6 * width * width  # q, v and out of the self-attention, its k; q and out of the cross-attention
-    weights = layers * (attention + 2 * width * dims.decoder_ffn)
-    cross = layers * batch * dims.audio_positions * (2 * width + rows * rank)
-    lora = layers * rows * rank * width * 7  # sq, sv and cq have A and B; of cv the decoder reads B alone
-    cache = layers * batch * rows * cached * 2 * width
-    parts = {"layers": weights, "lm_head": dims.vocabulary * width, "cross": cross, "lora": lora, "cache": cache}
-    return {name: numbers * item for name, numbers in parts.items()}
 
 
 def measure_device(device: Device) -> dict[str, float]:

@@ -11,24 +11,26 @@ import functools
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from das_asr.benchmarks.figures import summary
+from das_asr.benchmarks.floor import Demand, step_demand
 from das_asr.benchmarks.gpu.clock import Device
-from das_asr.benchmarks.gpu.floor import count_kernels, step_bytes
+from das_asr.benchmarks.gpu.floor import count_kernels
 from das_asr.benchmarks.gpu.ours import OUR_SYSTEMS, OurSystem, prepared_bundle
 from das_asr.benchmarks.gpu.pytorch import PYTORCH_SYSTEMS, Task
-from das_asr.benchmarks.models import adapter_folders
+from das_asr.benchmarks.models import adapter_folders, prompt_ids
+from das_asr.runtime.contract import DECODER_STATIC_FILE
 from das_asr.runtime.errors import OptionError
-from das_asr.runtime.manifest import Manifest, read_manifest
+from das_asr.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["GPU_SYSTEMS", "Plan", "System", "measure_table"]
+__all__ = ["GPU_SYSTEMS", "Plan", "System", "measure_table", "step_needs"]
 
 GPU_SYSTEMS = (*PYTORCH_SYSTEMS, *OUR_SYSTEMS)
 _BASE_ALONE = ("transformers", "transformers-compiled")
@@ -130,7 +132,7 @@ def _compare(plan: Plan, task: Task, batch: int, bundle: Path | None) -> Iterato
             record = {"system": name, **_numbers(plan, times[name], task, batch), "memory_bytes": memory[name]}
             record["tokens"] = system.transcribe(features, plan.tokens)[0]
             if device.cuda and name in OUR_SYSTEMS and bundle is not None:
-                record |= _step(plan, task, batch, system, features, read_manifest(bundle))
+                record |= _step(plan, task, batch, system, features, bundle)
             yield record
     finally:
         for system in opened.values():
@@ -197,16 +199,23 @@ def _numbers(plan: Plan, times: Mapping[int, Sequence[float]], task: Task, batch
 
 
 def _step(
-    plan: Plan, task: Task, batch: int, system: System, features: NDArray[np.float32], manifest: Manifest
+    plan: Plan, task: Task, batch: int, system: System, features: NDArray[np.float32], bundle: Path
 ) -> dict[str, Any]:
-    """What the floor of a step is computed from: bytes, and kernels counted as the time is, by a difference."""
+    """What the floor of a step is computed from: its demand, and kernels counted as the time is, by a difference."""
     lengths = (plan.short, plan.tokens)
     counted = [count_kernels(functools.partial(system.transcribe, features, tokens)) for tokens in lengths]
-    read = step_bytes(
-        manifest.dimensions, batch=batch, rows=task.rows, rank=plan.rank if task.adapters else 1,
-        cached=plan.tokens, item=2 if task.precision == "fp16" else 4,
+    kernels = (counted[1] - counted[0]) / (plan.tokens - plan.short)
+    return {"step_kernels": kernels, "demand": {"step": asdict(step_needs(plan, task, batch, bundle))}}
+
+
+def step_needs(plan: Plan, task: Task, batch: int, bundle: Path) -> Demand:
+    """Of a step in the middle of those whose time is measured."""
+    manifest = read_manifest(bundle)
+    return step_demand(
+        manifest.graphs(bundle, task.precision) / DECODER_STATIC_FILE, manifest.dimensions, task.rows,
+        past=len(prompt_ids(task.checkpoint)) + (plan.short + plan.tokens) // 2, batch=batch,
+        rank=plan.rank if task.adapters else 1,
     )  # fmt: skip
-    return {"step_kernels": (counted[1] - counted[0]) / (plan.tokens - plan.short), "step_bytes": read}
 
 
 def _line(record: Mapping[str, Any]) -> str:

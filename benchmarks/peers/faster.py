@@ -1,12 +1,21 @@
-"""faster-whisper: what most users of CTranslate2 call; its own features, one window, greedy, no fall-back."""
+"""faster-whisper: what most users of CTranslate2 call; its own features, one window, greedy, no fall-back.
+
+Many utterances go through its `BatchedInferencePipeline`, which takes a single audio and the places of what is spoken
+in it: here all utterances, one behind the other.
+"""
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from das_asr.benchmarks.models import is_multilingual, prompt_ids, read_json
+import numpy as np
+
+from das_asr.benchmarks.models import SAMPLE_RATE, is_multilingual, prompt_ids, read_json
 from das_asr.benchmarks.peers.ctranslate import (
     COMPUTE_TYPES,
     convert_checkpoint,
@@ -14,11 +23,11 @@ from das_asr.benchmarks.peers.ctranslate import (
     starts_with_words,
     suppressed,
 )
+from das_asr.benchmarks.peers.engines import UnavailableError
 from das_asr.benchmarks.systems import System, Work
-from das_asr.benchmarks.timing import Utterance
+from das_asr.benchmarks.timing import Burst, Utterance
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["ENGINE"]
@@ -83,6 +92,34 @@ class _System:
         total = perf_counter() - started
         tokens = tuple(token for segment in segments for token in segment.tokens)
         return Utterance(tokens, (), total, self._features.seconds, self._encoder.seconds, 0.0, ())
+
+    def transcribe_all(self, clips: Sequence[NDArray[np.float32]], size: int) -> Burst:
+        from faster_whisper import BatchedInferencePipeline  # pyright: ignore[reportMissingImports]
+
+        self._check_window()
+        started = perf_counter()
+        ends = list(itertools.accumulate(map(len, clips)))
+        # Half a sample more, for the pipeline multiplies by the rate again and cuts off.
+        moments = [(end + 0.5) / SAMPLE_RATE for end in (0, *ends)]
+        places = [{"start": start, "end": end} for start, end in itertools.pairwise(moments)]
+        segments: Any = BatchedInferencePipeline(self._model).transcribe(
+            np.concatenate(clips), clip_timestamps=places, batch_size=size, **self._options
+        )[0]
+        # A text with two timestamps in a row becomes several segments, which have the place of their utterance.
+        tokens = tuple(
+            tuple(token for segment in segments for token in segment.tokens)
+            for _, segments in itertools.groupby(segments, lambda segment: segment.seek)
+        )
+        return Burst(perf_counter() - started, tokens)
+
+    def _check_window(self) -> None:
+        from faster_whisper.audio import pad_or_trim  # pyright: ignore[reportMissingImports]
+
+        frames, padded = self._features.nb_max_frames, inspect.signature(pad_or_trim).parameters["length"].default
+        if frames != padded:
+            raise UnavailableError(
+                f"its batched pipeline pads every utterance to {padded} frames; this checkpoint's window has {frames}"
+            )
 
     def close(self) -> None:
         self._model.model.unload_model()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from das_asr.benchmarks.audio import window_audio
+from das_asr.benchmarks.bundles import check_base
 from das_asr.benchmarks.figures import figures, ratios, summary
 from das_asr.benchmarks.floor import demands
 from das_asr.benchmarks.machine import quiet_libraries
@@ -27,7 +28,6 @@ from das_asr.benchmarks.peers.speech import Heard, measure_speech, read_speech
 from das_asr.benchmarks.rates import measure_rates
 from das_asr.benchmarks.rtf import interleave
 from das_asr.benchmarks.timing import Utterance
-from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import read_manifest
 from das_asr.runtime.utterances import Utterance as Labelled
 
@@ -62,17 +62,12 @@ def _checked_speech(options: PeersOptions) -> tuple[Labelled, ...]:
         DataError: a clip cannot be used.
         OptionError: the bundle is of another base.
     """
-    from das_asr.export.checkpoint import load_checkpoint
-
     if options.speech is None:
         return ()
-    checkpoint = load_checkpoint(resolve_model(options.model))
-    if options.bundle is not None and (base := read_manifest(options.bundle).base).sha256 != checkpoint.sha256:
-        raise OptionError(
-            f"--bundle {options.bundle} was exported from {base.id} with weights {base.sha256[:12]}..., --model "
-            f"{options.model} has {checkpoint.sha256[:12]}... Give a bundle of that model."
-        )
-    return read_speech(options.speech, checkpoint.audio.window_seconds)
+    checkpoint = resolve_model(options.model)
+    if options.bundle is not None:
+        check_base(options.bundle, checkpoint, "--model")
+    return read_speech(options.speech, len(window_audio(checkpoint)) / SAMPLE_RATE)
 
 
 def prepare_peers(options: PeersOptions, log: Log) -> Prepared:

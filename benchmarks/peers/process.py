@@ -13,14 +13,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from das_asr.benchmarks.peers.engines import Tools, UnavailableError
 from das_asr.benchmarks.systems import Work
-from das_asr.benchmarks.timing import Utterance
+from das_asr.benchmarks.timing import Burst, Utterance
 from das_asr.benchmarks.worker import pools
 
 if TYPE_CHECKING:
@@ -66,23 +66,30 @@ class SideProcess:
 
     def transcribe(self, audio: NDArray[np.float32]) -> Utterance:
         """Transcribes float32 [samples] at 16 kHz; times are those that the process took itself."""
-        answer = self._ask(audio.tobytes(), len(audio))
+        answer = self._ask([audio])
         self._stop()
         return Utterance(**{**answer, **{name: tuple(answer[name]) for name in ("tokens", "rows", "steps")}})
 
+    def transcribe_all(self, clips: Sequence[NDArray[np.float32]], size: int) -> Burst:
+        """Transcribes clips in batches of up to `size`; for peers that are a `BatchSystem`."""
+        answer = self._ask(clips, size)
+        self._stop()
+        return Burst(answer["seconds"], tuple(map(tuple, answer["tokens"])))
+
     def finish(self) -> float:
         """Peak resident memory in MiB of everything so far; the process then ends."""
-        return float(self._ask(b"", 0)["memory_mib"])
+        return float(self._ask([])["memory_mib"])
 
     def close(self) -> None:
         """Ends the process whatever it does."""
         self._process.kill()
         self._process.communicate()
 
-    def _ask(self, data: bytes, samples: int) -> dict[str, Any]:
+    def _ask(self, clips: Sequence[NDArray[np.float32]], size: int | None = None) -> dict[str, Any]:
+        request = json.dumps({"samples": list(map(len, clips)), "batch": size}).encode()
         os.kill(self._process.pid, signal.SIGCONT)
         assert self._process.stdin is not None
-        self._process.stdin.write(b"%d\n" % samples + data)
+        self._process.stdin.write(b"\n".join([request, b"".join(clip.tobytes() for clip in clips)]))
         self._process.stdin.flush()
         return _read(self._process)
 

@@ -3,8 +3,10 @@
 The first line of standard input is a specification as JSON; every answer is a line of JSON on standard output.
 
     {"convert": true, ...}   converts the checkpoint and ends
-    {"convert": false, ...}  loads the peer; then each request is a line with a number of samples and those samples as
-                             float32, answered by an `Utterance`; no samples asks for the peak of memory and ends
+    {"convert": false, ...}  loads the peer; then each request is a line, and behind it samples as float32:
+        {"samples": [n], "batch": null}       one clip, answered by an `Utterance`
+        {"samples": [n, ...], "batch": size}  clips to be transcribed in batches, answered by a `Burst`
+        {"samples": [], ...}                  asks for the peak of memory and ends
 
 What cannot be done is answered by {"refused": reason}.
 """
@@ -15,19 +17,26 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from das_asr.benchmarks.children import end_with_parent
 from das_asr.benchmarks.peers.engines import ENGINES, load_engine, versions_of
-from das_asr.benchmarks.systems import Work
+from das_asr.benchmarks.systems import BatchSystem, System, Work
+from das_asr.benchmarks.timing import Burst, Utterance
 from das_asr.runtime.errors import DasError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 __all__ = ["main"]
+
+_END = '{"samples": []}'  # what the end of the input means
 
 
 def main() -> None:
@@ -83,11 +92,19 @@ def _serve(specification: Mapping[str, Any], answers: TextIO) -> None:
     with pinned(work.threads):  # from the start: pools take over where their maker may run
         system = load_engine(specification["engine"]).open(work, Path(specification["folder"]))
         _answer(answers, {"versions": versions_of(specification["engine"])})
-        while samples := int(sys.stdin.buffer.readline() or 0):
-            audio = np.frombuffer(sys.stdin.buffer.read(samples * 4), np.float32).copy()  # some peers want it writable
-            _answer(answers, asdict(system.transcribe(audio)))
+        while (asked := json.loads(sys.stdin.buffer.readline() or _END))["samples"]:
+            # Copies, for some peers want to write into them.
+            clips = [np.frombuffer(sys.stdin.buffer.read(4 * count), np.float32).copy() for count in asked["samples"]]
+            _answer(answers, asdict(_heard(system, clips, asked["batch"])))
         _answer(answers, {"memory_mib": peak_memory()})
         system.close()
+
+
+def _heard(system: System, clips: Sequence[NDArray[np.float32]], size: int | None) -> Utterance | Burst:
+    if size is None:
+        return system.transcribe(*clips)
+    assert isinstance(system, BatchSystem)  # no other is asked
+    return system.transcribe_all(clips, size)
 
 
 def _answer_trace(

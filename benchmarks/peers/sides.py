@@ -15,7 +15,7 @@ from das_asr.benchmarks.worker import check_threads
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import sha256_of
 
-__all__ = ["PRECISIONS", "PeersOptions", "Prepared", "Refused", "Side", "bare_name", "plan", "prepare"]
+__all__ = ["PRECISIONS", "PeersOptions", "Prepared", "Refused", "Side", "bare_name", "converted", "plan", "prepare"]
 
 PRECISIONS = ("fp32", "int8")
 HALF = "fp16"  # of peers that have nothing wider; compared whenever fp32 is
@@ -144,6 +144,19 @@ def plan(options: PeersOptions, domains: Sequence[int]) -> Iterator[Side]:
                     yield Side(engine, precision, count)
 
 
+def converted(side: Side, checkpoint: Path, tools: Tools) -> Path:
+    """The folder that a peer made of a checkpoint, in the cache; it is made on first use.
+
+    Raises:
+        UnavailableError: the peer cannot convert it.
+    """
+    digest = sha256_of(checkpoint / "model.safetensors")[:12]
+    folder = cache_root() / "peers" / f"{checkpoint.name}-{digest}" / f"{side.engine}-{side.precision}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    convert(side.engine, side.precision, checkpoint, folder, tools)
+    return folder
+
+
 def prepare(checkpoint: Path, options: PeersOptions, log: Log) -> Prepared:
     """Exports the bundles and lets every peer convert; all of it is kept in the cache."""
     ours = any(ENGINES[name].domains for name in options.engines)
@@ -161,15 +174,10 @@ def prepare(checkpoint: Path, options: PeersOptions, log: Log) -> Prepared:
     }
     folders: dict[tuple[str, str], Path] = {}
     refused = [Refused(name, "", reason) for name, reason in NOT_COMPARED.items()]
-    digest = sha256_of(checkpoint / "model.safetensors")[:12]
     for side in (side for side in plan(options, ()) if not ENGINES[side.engine].domains):
-        folder = cache_root() / "peers" / f"{checkpoint.name}-{digest}" / f"{side.engine}-{side.precision}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            convert(side.engine, side.precision, checkpoint, folder, options.tools)
+            folders[side.engine, side.precision] = converted(side, checkpoint, options.tools)
         except UnavailableError as error:
             refused.append(Refused(side.engine, side.precision, str(error)))
             log(f"{side.name}: {error}")
-        else:
-            folders[side.engine, side.precision] = folder
     return Prepared(checkpoint, bundles, folders, tuple(refused))
