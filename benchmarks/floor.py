@@ -98,7 +98,7 @@ def _weights(model: Any, vectors: int, vectors_of_adapters: int) -> Demand:
     Args:
         model: a graph.
         vectors: that every weight [in, out] is multiplied with.
-        vectors_of_adapters: that every row's part of an adapter's tensor [R, in, out] is multiplied with.
+        vectors_of_adapters: that every row's part of an adapter's tensor [1, R, in, out] is multiplied with.
     """
     shapes, adapters = _shapes(model), {item.name for item in model.graph.input}
     read = {name for node in model.graph.node if node.op_type != "Gather" for name in node.input if name in shapes}

@@ -122,7 +122,7 @@ def test_bytes_of_a_step_are_those_of_the_tensors_it_reads(tmp_path: Path) -> No
     base = make_base(tmp_path / "base")
     dims = load_checkpoint(base).dimensions
     read = step_bytes(dims, batch=3, rows=4, rank=5, cached=7, item=4)
-    sizes = {"batch": 3, "rows": 4, "rank": 5, "audio": dims.audio_positions}
+    sizes = {"batch": 3, "groups": 1, "rows": 4, "rank": 5, "audio": dims.audio_positions}
 
     def count(spec: TensorSpec) -> int:
         return int(np.prod([sizes[size] if isinstance(size, str) else size for size in spec.shape]))
