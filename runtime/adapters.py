@@ -245,7 +245,9 @@ def select_rows(stack: Stack, names: Iterable[str]) -> Stack:
     if unknown := [name for name in names if name not in stack.names]:
         raise OptionError(f"There is no adapter {unknown[0]!r}; the bundle has: {', '.join(stack.names) or 'none'}.")
     rows = [0, *(stack.names.index(name) + 1 for name in names)]
-    return Stack(names, stack.rank, {key: np.ascontiguousarray(tensor[:, rows]) for key, tensor in stack.tensors.items()})
+    return Stack(
+        names, stack.rank, {key: np.ascontiguousarray(tensor[:, rows]) for key, tensor in stack.tensors.items()}
+    )
 
 
 def rounded_tensors(stack: Stack, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
