@@ -46,7 +46,7 @@ class PaddedPlaces:
     def put(self, place: int, array: Array) -> None:
         """Makes an array [...] the content of a place, the last from now on."""
         kept = self._shapes[:place]
-        target = self._fitted(kept, [*kept, array.shape], array.dtype)[place]
+        target = self._fitted(kept, [*kept, array.shape], array.dtype)[place, ...]
         if target.shape != array.shape:
             target[...] = 0
         target[tuple(map(slice, array.shape))] = array
@@ -74,7 +74,7 @@ class PaddedPlaces:
             for place, size in enumerate(kept):
                 assert old is not None
                 part = tuple(map(slice, size))
-                self._buffer[place][part] = old[place][part]
+                self._buffer[place, ...][part] = old[place, ...][part]
         return self._buffer
 
 
