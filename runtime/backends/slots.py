@@ -141,12 +141,12 @@ class SlotBuffers:
         order = np.arange(last)
         if place != last:
             order[place] = last
-        for places in (*self._fixed.values(), *self._adapters.values()):
-            places.leave(place, last)
-        self.count = last
         self._stacks = [self._stacks[index] for index in order]
         if _alike(self._stacks):
             self._adapters = {}
+        for places in (*self._fixed.values(), *self._adapters.values()):
+            places.leave(place, last)
+        self.count = last
         unused = self._longest
         self.lengths = self.lengths[order]
         unused -= self._longest
