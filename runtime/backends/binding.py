@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from das_asr.runtime.backends.base import Step, Traffic
 
-__all__ = ["HOST", "Binding", "rows_of", "to_device"]
+__all__ = ["HOST", "Binding", "to_device"]
 
 HOST = ("cpu", 0)
 """The host's memory as a device, and its number."""
@@ -48,9 +48,9 @@ class Binding:
             if name in tensors:
                 self.connect(name, tensors[name])
 
-    def take(self, name: str, places: NDArray[np.int64]) -> None:
-        """Binds some rows of the tensor [B, R, ...] that is bound now, in memory of their own."""
-        self.connect(name, rows_of(self._held[name], places))
+    def connected(self, name: str) -> Any:
+        """The tensor that was bound by `connect` or `place`."""
+        return self._held[name]
 
     def run(self, device_outputs: Sequence[str], host_outputs: Sequence[str]) -> tuple[list[Any], list[NDArray[Any]]]:
         """Runs the graph: (tensors that stay on the device, copies of those the host asked for)."""
@@ -80,8 +80,3 @@ class Binding:
 def to_device(array: NDArray[Any], device: str, device_id: int) -> Any:
     """A host array as a tensor of the device; on the CPU it may share the array's memory."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, device_id)
-
-
-def rows_of(value: Any, places: NDArray[np.int64]) -> Any:
-    """Some rows of a tensor [B, R, ...] in host memory."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy().take(places, axis=1))

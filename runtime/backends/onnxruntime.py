@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from das_asr.runtime.adapters import Stack, read_stack, rounded_tensors
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
-from das_asr.runtime.backends.binding import HOST, Binding, rows_of, to_device
+from das_asr.runtime.backends.binding import HOST, Binding, to_device
 from das_asr.runtime.backends.huge_pages import HugePages
 from das_asr.runtime.backends.placement import CPU
 from das_asr.runtime.backends.sessions import open_session
@@ -186,10 +187,10 @@ class OnnxRuntimeBatch:
         """Copies the rows that stay; see `base.DecodingBatch`."""
         for spec in cross_specs(self._dims):
             if "rows" in spec.shape:
-                self._binding.take(spec.name, places)
+                self._binding.connect(spec.name, _rows(self._binding.connected(spec.name), places))
         self._binding.connect_all(stack.tensors, [spec.name for spec in decoder_inputs(self._dims)])
-        self.cache.advance([rows_of(value, places) for value in self.cache.values])
-        self._next_ids = rows_of(self._next_ids, places)
+        self.cache.advance([_rows(value, places) for value in self.cache.values])
+        self._next_ids = _rows(self._next_ids, places)
         self._binding.place("row_mask", row_mask)
 
 
@@ -253,6 +254,11 @@ def _cache_type(decoder: Any) -> np.dtype[Any]:
             "Load another precision, such as precision='fp32'."
         )
     return _ELEMENT_TYPES[found]
+
+
+def _rows(value: Any, places: NDArray[np.int64]) -> Any:
+    """Some rows of a tensor [B, R, ...] in host memory."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy().take(places, axis=1))
 
 
 def _trim_heap() -> None:
