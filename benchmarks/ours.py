@@ -54,6 +54,11 @@ class TimedBackend:
         """See `Backend`."""
         return self._inner.prunes
 
+    @property
+    def mixes(self) -> bool:
+        """See `Backend`."""
+        return self._inner.mixes
+
     def load_stack(self, stack: Stack | None) -> LoadedStack:
         """See `Backend`."""
         return self._inner.load_stack(stack)
@@ -69,9 +74,9 @@ class TimedBackend:
         """See `Backend`."""
         return _TimedBatch(self._inner.start(encoded, stack, control), self)
 
-    def open_slots(self, stack: LoadedStack, capacity: int) -> Slots:
+    def open_slots(self, capacity: int) -> Slots:
         """See `Backend`; not measured here."""
-        return self._inner.open_slots(stack, capacity)
+        return self._inner.open_slots(capacity)
 
     def close(self) -> None:
         """See `Backend`."""

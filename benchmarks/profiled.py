@@ -16,7 +16,7 @@ class ProfiledBackend(OnnxRuntimeBackend):
 
     def __init__(self, folder: Path, bundle: Path, manifest: Manifest, options: BackendOptions, precision: str) -> None:
         """Loads the graphs of a precision; traces go to `folder`."""
-        super().__init__(manifest.graphs(bundle, precision), manifest, options, profiles=folder)
+        super().__init__(bundle, manifest.graphs(bundle, precision), manifest, options, profiles=folder)
 
     def end_profiling(self) -> dict[str, Path]:
         """Stops both profiles and returns the traces by graph."""

@@ -65,7 +65,7 @@ class _Shared:
     by_head_shape: Value  # int64 [5]: B, R, n, H, r
 
     def lora(self, target: str, layer: int, x: Value) -> Value:
-        """(x A_i) B_i for every row: [B, R, n, D] @ [R, D, r] @ [R, r, D]."""
+        """(x A_i) B_i for every row: [B, R, n, D] @ [G, R, D, r] @ [G, R, r, D]; a G of 1 is broadcast."""
         down = self.g.op("MatMul", x, self.inputs[f"lora_{target}_a{layer}"], name=f"lora_{target}/down")
         return self.g.op("MatMul", down, self.inputs[f"lora_{target}_b{layer}"], name=f"lora_{target}/up")
 

@@ -73,7 +73,8 @@ class Adapter:
 class Stack:
     """K adapters as the graphs take them: R = K + 1 rows, row 0 zeros (the base), row i adapter i.
 
-    `tensors` has the names and shapes of `contract.lora_specs`, contiguous float32, ranks padded with zeros to `rank`.
+    `tensors` has the names and shapes of `contract.lora_specs` for one group, [1, R, ...], contiguous float32, ranks
+    padded with zeros to `rank`.
     """
 
     names: tuple[str, ...]
@@ -201,14 +202,14 @@ def stack_adapters(adapters: Sequence[Adapter], dims: Dimensions) -> Stack:
         if problem := _misfit(adapter.weights, dims):
             raise AdapterError(f"Adapter {adapter.name!r}: {problem}. Use an adapter that was trained on this base.")
     rank = max((adapter.rank for adapter in adapters), default=1)
-    sizes = {"rows": len(adapters) + 1, "rank": rank}
+    sizes = {"groups": 1, "rows": len(adapters) + 1, "rank": rank}
     tensors = {
         spec.name: np.zeros([sizes[size] if isinstance(size, str) else size for size in spec.shape], np.float32)
         for spec in lora_specs(dims)
     }
     for row, adapter in enumerate(adapters, start=1):
         for key, weight in adapter.weights.items():
-            _place(tensors[key][row], key, weight)
+            _place(tensors[key][0, row], key, weight)
     return Stack(names, rank, tensors)
 
 
@@ -244,7 +245,9 @@ def select_rows(stack: Stack, names: Iterable[str]) -> Stack:
     if unknown := [name for name in names if name not in stack.names]:
         raise OptionError(f"There is no adapter {unknown[0]!r}; the bundle has: {', '.join(stack.names) or 'none'}.")
     rows = [0, *(stack.names.index(name) + 1 for name in names)]
-    return Stack(names, stack.rank, {key: np.ascontiguousarray(tensor[rows]) for key, tensor in stack.tensors.items()})
+    return Stack(
+        names, stack.rank, {key: np.ascontiguousarray(tensor[:, rows]) for key, tensor in stack.tensors.items()}
+    )
 
 
 def rounded_tensors(stack: Stack, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
@@ -257,9 +260,10 @@ def rounded_tensors(stack: Stack, dtype: np.dtype[Any]) -> dict[str, NDArray[Any
         tensors = {key: tensor.astype(dtype, copy=False) for key, tensor in stack.tensors.items()}
     for row, name in enumerate(stack.names, start=1):
         for key, tensor in tensors.items():
-            if not np.isfinite(tensor[row]).all():
+            if not np.isfinite(tensor[:, row]).all():
+                largest = np.abs(stack.tensors[key][:, row]).max()
                 raise AdapterError(
-                    f"Adapter {name!r}: {key} has values up to {np.abs(stack.tensors[key][row]).max():.3g}, beyond the "
-                    f"range of {dtype.name}. Load the bundle in another precision, such as precision='fp32'."
+                    f"Adapter {name!r}: {key} has values up to {largest:.3g}, beyond the range of {dtype.name}. Load "
+                    "the bundle in another precision, such as precision='fp32'."
                 )
     return tensors

@@ -3,7 +3,8 @@
 Symbols: B utterances, R rows (row 0 is the base, row i is base + adapter i), n new tokens of this call, T cached
 tokens, r LoRA rank of the stack, V vocabulary, D model width, H decoder heads, d = D / H, S encoder positions of the
 audio that is heard, L decoder layers, lanes = B * R. Symbolic dimensions are strings (`batch`, `rows`, `lanes`,
-`frames`, `audio`, `new`, `past`, `total`, `rank`); `frames` is even, at most a window, and twice `audio`, which is S.
+`frames`, `audio`, `new`, `past`, `total`, `rank`, `groups`); `frames` is even, at most a window, and twice `audio`,
+which is S. `groups` G is 1 or B: adapters that all utterances of a run share, or each utterance's own.
 
 The decoder exists in two forms that compute the same. In `decoder.onnx` the self-attention cache grows with every run,
 which is fastest on a CPU. In `decoder_static.onnx` it has a fixed size and is updated in place, which GPUs need.
@@ -80,16 +81,20 @@ class TensorSpec:
 def lora_specs(dims: Dimensions, dtype: DType = "float32") -> Iterator[TensorSpec]:
     """Adapter tensors of the whole stack, in the layout the graphs take them; the LoRA scale is folded into B.
 
-    `lora_{sq,sv,cq,cv}_a{l}` [R, D, r]; `lora_{sq,sv,cq}_b{l}` [R, r, D]; `lora_cv_b{l}` [R, H, r, d], split by head
-    because it is applied after the attention weights. `lora_cv_a{l}` belong to the encoder graph, the rest to the
-    decoder.
+    `lora_{sq,sv,cq,cv}_a{l}` [G, R, D, r]; `lora_{sq,sv,cq}_b{l}` [G, R, r, D]; `lora_cv_b{l}` [G, R, H, r, d], split
+    by head because it is applied after the attention weights. `lora_cv_a{l}` belong to the encoder graph, the rest to
+    the decoder.
+
+    G is 1 where the utterances of a run share one stack, or B where each has its own; the products broadcast over it.
+    Stacks with fewer rows or a smaller rank than others of their run are padded with zeros, and `row_mask` keeps the
+    rows that only pad out of the selection.
     """
     for layer in range(dims.decoder_layers):
         for target in TARGETS:
-            yield TensorSpec(f"lora_{target}_a{layer}", dtype, ("rows", dims.d_model, "rank"))
-            shape: Shape = ("rows", "rank", dims.d_model)
+            yield TensorSpec(f"lora_{target}_a{layer}", dtype, ("groups", "rows", dims.d_model, "rank"))
+            shape: Shape = ("groups", "rows", "rank", dims.d_model)
             if target == "cv":
-                shape = ("rows", dims.decoder_heads, "rank", dims.head_size)
+                shape = ("groups", "rows", dims.decoder_heads, "rank", dims.head_size)
             yield TensorSpec(f"lora_{target}_b{layer}", dtype, shape)
 
 

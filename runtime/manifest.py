@@ -33,7 +33,7 @@ __all__ = [
     "write_manifest",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 

@@ -4,11 +4,11 @@
     future = scheduler.submit(request)
     transcription = future.result()
 
-Requests with the same adapters and encoder context share a lane: one run of the decoder per step, whatever their ages,
-prompts, rules and limits. Lanes take turns, a step each. Requests are admitted in the order they came, one between two
-steps, while there is a place and those who wait lose more by waiting than those who are being decoded lose while the
-encoder runs (`Pace`). A request that is cancelled, or whose deadline passes, leaves at the next step. While there is
-nothing to do the thread sleeps.
+Requests with the same encoder context share a lane: one run of the decoder per step, whatever their adapters, ages,
+prompts, rules and limits. Where the backend cannot mix adapters, only those with the same adapters do. Lanes take
+turns, a step each. Requests are admitted in the order they came, one between two steps, while there is a place and
+those who wait lose more by waiting than those who are being decoded lose while the encoder runs (`Pace`). A request
+that is cancelled, or whose deadline passes, leaves at the next step. While there is nothing to do the thread sleeps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from das_asr.runtime.results import Transcription
 
 __all__ = ["Request", "Scheduler", "SchedulerOptions", "Stages"]
 
-_Key = tuple[int, tuple[int, ...]]  # of a lane: which stack, and the shape of the features
+_Key = tuple[int, tuple[int, ...]]  # of a lane: which stack if they do not mix, and the shape of the features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Request:
     """One utterance on its way.
 
     Attributes:
-        features: log-mel f32 [mels, frames]; those with the same number of frames can share a lane.
+        features: log-mel f32 [mels, frames]; those with the same number of frames share a lane.
         stack: of the rows that decode it.
         plan: how to decode; its control is that of a batch of one.
         prompts: the one prompt.
@@ -205,10 +205,10 @@ class Scheduler:
             if not self._queue or not self._pace.admits(len(self._queue), ages):
                 return
             request = self._queue.popleft()
-        key = id(request.stack), request.features.shape
+        key = 0 if self._backend.mixes else id(request.stack), request.features.shape
         lane = lanes.get(key)
         if lane is None:
-            lane = lanes[key] = _Lane(self._backend, request.stack, self._options.max_batch, self._pace)
+            lane = lanes[key] = _Lane(self._backend, self._options.max_batch, self._pace)
         lane.admit(request)
 
     def _drop_gone(self) -> None:
@@ -225,10 +225,10 @@ class Scheduler:
 
 
 class _Lane:
-    """The live requests of one stack, in the order of their places."""
+    """The live requests that share slots, in the order of their places."""
 
-    def __init__(self, backend: Backend, stack: LoadedStack, capacity: int, pace: Pace) -> None:
-        self._backend, self._stack, self._capacity, self._pace = backend, stack, capacity, pace
+    def __init__(self, backend: Backend, capacity: int, pace: Pace) -> None:
+        self._backend, self._capacity, self._pace = backend, capacity, pace
         self._slots: Slots | None = None
         self.live: list[Request] = []
 
@@ -242,11 +242,11 @@ class _Lane:
 
     def _start(self, request: Request) -> None:
         if self._slots is None:
-            self._slots = self._backend.open_slots(self._stack, self._capacity)
+            self._slots = self._backend.open_slots(self._capacity)
         began = perf_counter()
-        encoded = self._backend.encode(request.features[None], self._stack)
+        encoded = self._backend.encode(request.features[None], request.stack)
         encoding = perf_counter()
-        batch = self._backend.start(encoded, self._stack, request.plan.control)
+        batch = self._backend.start(encoded, request.stack, request.plan.control)
         prompts, step = prefill(batch, request.prompts, request.plan)
         goes_on = request.begin(prompts, step)
         request.stages.encoder, request.stages.prefill = encoding - began, perf_counter() - encoding
@@ -254,7 +254,7 @@ class _Lane:
         if not goes_on:
             request.complete()
             return
-        self._slots.join(encoded, request.plan.control, batch, len(prompts[0].ids))
+        self._slots.join(encoded, request.stack, request.plan.control, batch, len(prompts[0].ids))
         self.live.append(request)
 
     def step(self) -> None:
@@ -267,8 +267,8 @@ class _Lane:
         assert self._slots is not None
         began = perf_counter()
         try:
-            ids = np.stack([request.ids() for request in self.live])
-            step = self._slots.run(ids, logits=any(wants_logits(request.plan) for request in self.live))
+            ids = [request.ids() for request in self.live]
+            steps = self._slots.run(ids, logits=any(wants_logits(request.plan) for request in self.live))
         except Exception as error:  # noqa: BLE001  # all of them needed this run; the scheduler lives on
             for request in self.live:
                 request.fail(error)
@@ -276,13 +276,13 @@ class _Lane:
             return
         seconds = perf_counter() - began
         for place in reversed(range(len(self.live))):
-            self._write(place, step, seconds)
+            self._write(place, steps[place], seconds)
 
     def _write(self, place: int, step: Step, seconds: float) -> None:
         request = self.live[place]
         request.stages.steps.append(seconds)
         try:
-            goes_on = request.write(_of(step, place))
+            goes_on = request.write(step)
         except Exception as error:  # noqa: BLE001  # a rule of the user's
             request.fail(error)
             self._leave(place)
@@ -299,10 +299,3 @@ class _Lane:
         last = self.live.pop()
         if place < len(self.live):
             self.live[place] = last
-
-
-def _of(step: Step, place: int) -> Step:
-    """The outcome for one utterance, as a batch of one."""
-    only = slice(place, place + 1)
-    logits = None if step.logits is None else step.logits[only]
-    return Step(step.row[only], step.candidate[only], step.logprob[only], logits)

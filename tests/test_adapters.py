@@ -641,15 +641,15 @@ stacks = st.lists(ranks, max_size=4).map(
 
 def row_product(stack: Stack, row: int, key: str) -> Array:
     """A B of one row, with the heads of cross-attention values put together again."""
-    a = stack.tensors[f"lora_{key.replace('x', 'a')}"][row]
-    b = stack.tensors[f"lora_{key.replace('x', 'b')}"][row]
+    a = stack.tensors[f"lora_{key.replace('x', 'a')}"][0, row]
+    b = stack.tensors[f"lora_{key.replace('x', 'b')}"][0, row]
     if key.startswith("cv"):
         b = np.concatenate(list(b), axis=1)  # [H, r, d] -> [r, D]
     return np.asarray(a @ b)
 
 
 def check_stack(stack: Stack, adapters: list[Adapter]) -> None:
-    sizes: dict[int | str, int] = {"rows": len(adapters) + 1, "rank": stack.rank}
+    sizes: dict[int | str, int] = {"groups": 1, "rows": len(adapters) + 1, "rank": stack.rank}
     assert stack.rows == len(adapters) + 1
     assert list(stack.tensors) == [spec.name for spec in lora_specs(SMALL)]
     for spec in lora_specs(SMALL):
@@ -657,7 +657,7 @@ def check_stack(stack: Stack, adapters: list[Adapter]) -> None:
         assert tensor.shape == tuple(sizes.get(size, size) for size in spec.shape)
         assert tensor.dtype == np.float32
         assert tensor.flags.c_contiguous
-        assert not tensor[0].any()
+        assert not tensor[:, 0].any()
     for row, adapter in enumerate(adapters, start=1):
         for key in KEYS:
             a = adapter.weights.get(f"lora_{key.replace('x', 'a')}", np.zeros((8, 1), np.float32))
@@ -711,6 +711,6 @@ def test_a_stack_refuses_repeated_names_and_adapters_of_another_base() -> None:
 def test_values_of_cross_attention_are_split_by_head() -> None:
     adapter = small_adapter("a", {"cv_x0": 3}, 0)
     split = stack_adapters([adapter], SMALL).tensors["lora_cv_b0"]
-    assert split.shape == (2, 2, 3, 4)
+    assert split.shape == (1, 2, 2, 3, 4)
     for head in range(2):
-        np.testing.assert_array_equal(split[1, head], adapter.weights["lora_cv_b0"][:, 4 * head : 4 * head + 4])
+        np.testing.assert_array_equal(split[0, 1, head], adapter.weights["lora_cv_b0"][:, 4 * head : 4 * head + 4])

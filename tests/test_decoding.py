@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from das_asr.runtime import DecodingOptions, OptionError, Transcriber
 from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step
 from das_asr.runtime.decoding import DecodedBatch, Plan, Prompt, decode
-from das_asr.runtime.manifest import AdapterEntry, AudioFrontEnd, BaseModel, Dimensions, Manifest
+from das_asr.runtime.manifest import SCHEMA_VERSION, AdapterEntry, AudioFrontEnd, BaseModel, Dimensions, Manifest
 from das_asr.runtime.selection import SelectionRule, StepCandidates
 from das_asr.runtime.tokenizer import Tokenizer, special_tokens
 from das_asr.runtime.transcript import Transcript, compression_ratio, read_own_histories, read_shared_history
@@ -544,7 +544,7 @@ def make_manifest(folder: Path, *, multilingual: bool = True) -> Manifest:
     tokens = make_tokenizer(folder, 1, None, True)
     special = special_tokens(folder / "tokenizer.json", generation_settings(tokens, multilingual, True), {})
     return Manifest(
-        schema_version=2,
+        schema_version=SCHEMA_VERSION,
         base=BaseModel("scripted", None, "0"),
         dimensions=Dimensions(80, 50, 32, len(tokens), 8, 1, 1, 8, 1, 1, 8),
         audio=AudioFrontEnd(16000, 400, 160, 16000),

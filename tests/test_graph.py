@@ -246,9 +246,46 @@ def test_other_adapters_can_be_fed(exported: Exported) -> None:
         name: feeds[name][:, rows]
         for name in ("ids", "row_mask", *(n for n in feeds if n.startswith(("past_", "cross_u"))))
     }
-    fed = {name: t[rows] for name, t in exported.stack.tensors.items() if not name.startswith("lora_cv_a")}
+    fed = {name: t[:, rows] for name, t in exported.stack.tensors.items() if not name.startswith("lora_cv_a")}
     alone = decoder.run(["logits"], feeds | of_rows | fed)[0]
     np.testing.assert_allclose(alone, both[:, rows], rtol=0, atol=1e-5)
+
+
+def fed_to(specs: list[TensorSpec], stack: Stack, like: Stack) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a stack that a graph takes, padded with zeros to the rows and the rank of another."""
+    made = {}
+    for name in {spec.name for spec in specs} & stack.tensors.keys():
+        made[name] = np.zeros_like(like.tensors[name])
+        made[name][tuple(map(slice, stack.tensors[name].shape))] = stack.tensors[name]
+    return made
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_utterance_may_have_adapters_of_its_own(exported: Exported, name: str) -> None:
+    """One run with a stack for each utterance gives each of them what a run with its stack for all gives it."""
+    random, dims = np.random.default_rng(1), exported.dims
+    if name == ENCODER_FILE:
+        specs, output = encoder_inputs(dims), "cross_u0"
+        feeds: dict[str, Any] = {"features": random.standard_normal((2, dims.mels, dims.frames)).astype(np.float32)}
+    else:
+        specs, output = decoder_inputs(dims), "logits"
+        feeds = decoder_feeds(exported, 3, random)
+        if name == DECODER_STATIC_FILE:
+            feeds |= {"attended": np.array([3])} | {
+                past: np.zeros((6, dims.decoder_heads, dims.text_positions, dims.head_size), np.float32)
+                for past, _ in cache_names(dims)
+            }
+    music, weather = exported.adapters
+    stacks = [stack_adapters(chosen, dims) for chosen in ([music, weather], [weather, music], [weather])]
+    graph = session(exported.directory / name)
+    fed = [fed_to(specs, stack, stacks[0]) for stack in stacks]
+    shared = [graph.run([output], feeds | tensors)[0] for tensors in fed]
+    for first, second in ((0, 1), (2, 0), (1, 2)):
+        own = {key: np.concatenate([fed[first][key], fed[second][key]]) for key in fed[0]}
+        found = graph.run([output], feeds | own)[0]
+        np.testing.assert_array_equal(found[0], shared[first][0])
+        np.testing.assert_array_equal(found[1], shared[second][1])
+        assert not np.array_equal(found[0], shared[second][0])
 
 
 def test_unread_adapter_tensors_are_refused(exported: Exported) -> None:

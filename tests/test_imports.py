@@ -44,6 +44,7 @@ NOT_IN_RUNTIME = {"huggingface_hub", "matplotlib", "onnx", "onnxscript", "peft",
 # Files whose purpose is the package they import at module level. They are imported on demand themselves: importing the
 # runtime or asking a command for its help loads none of them, see the tests below.
 AT_MODULE_LEVEL = {
+    "runtime/backends/binding.py": {"onnxruntime"},
     "runtime/backends/cuda_memory.py": {"cuda"},
     "runtime/backends/onnxruntime.py": {"onnxruntime"},
     "runtime/backends/onnxruntime_static.py": {"onnxruntime"},

@@ -191,19 +191,19 @@ def not_a_number(bundle: Path) -> None:
 def swapped_adapters(bundle: Path) -> None:
     for name in (ENCODER_FILE, DECODER_FILE):
         for lora in lora_names(bundle / name):
-            edit_weight(bundle / name, lora, lambda rows: rows[[0, 2, 1]])
+            edit_weight(bundle / name, lora, lambda rows: rows[:, [0, 2, 1]])
 
 
 def shifted_stack(bundle: Path) -> None:
     """The base's row carries an adapter."""
     for name in (ENCODER_FILE, DECODER_FILE):
         for lora in lora_names(bundle / name):
-            edit_weight(bundle / name, lora, lambda rows: rows[[1, 1, 2]])
+            edit_weight(bundle / name, lora, lambda rows: rows[:, [1, 1, 2]])
 
 
 def dropped(lora: str, row: int) -> Callable[[Path], None]:
     def zeroed(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows[row] = 0
+        rows[:, row] = 0
         return rows
 
     def change(bundle: Path) -> None:
@@ -218,7 +218,7 @@ def wrong_scale(bundle: Path) -> None:
     """As if rsLoRA's alpha / sqrt(r) had been read as alpha / r, in one adapter."""
 
     def change(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows[2] /= np.sqrt(3)
+        rows[:, 2] /= np.sqrt(3)
         return rows
 
     for lora in lora_names(bundle / DECODER_FILE):

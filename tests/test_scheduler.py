@@ -27,8 +27,6 @@ from das_asr.runtime import (
     Transcription,
 )
 from das_asr.runtime import scheduler as scheduler_module
-from das_asr.runtime.backends.base import Control
-from das_asr.runtime.backends.slots import SlotBuffers
 from tests.rules import CHOICES, Gate
 
 Clips = list[tuple[Path, str, str]]
@@ -262,55 +260,3 @@ def test_options_of_the_scheduler() -> None:
     for options in ({"max_batch": 0}, {"max_queue": 0}):
         with pytest.raises(OptionError, match="both must be at least 1"):
             SchedulerOptions(**options)
-
-
-# --- Slots ---
-
-
-def test_slots_hold_what_joined_and_did_not_leave() -> None:
-    """Random joins and leaves against a list of utterances that is kept beside."""
-    rng = np.random.default_rng(0)
-    buffers, kept = SlotBuffers(4), list[tuple[np.ndarray, np.ndarray, int]]()
-    for number in range(200):
-        if len(kept) < 4 and (not kept or rng.random() < 0.5):
-            length = int(rng.integers(1, 6))
-            cross, cache = rng.random((1, 3, 2)), rng.random((1, 2, 3, length, 2))
-            buffers.join({"cross": cross}, _control(number), [cache, -cache], length)
-            kept.append((cross, cache, number))
-        elif rng.random() < 0.5:
-            place = int(rng.integers(len(kept)))
-            buffers.leave(place)
-            last = kept.pop()
-            if place < len(kept):
-                kept[place] = last
-        else:
-            new = rng.random((len(kept), 2, 3, 1, 2))
-            buffers.advance(
-                [np.concatenate([cache, sign * new], 3) for cache, sign in zip(buffers.caches, (1, -1), strict=True)]
-            )
-            kept = [
-                (cross, np.concatenate([cache, one[None]], 3), name)
-                for (cross, cache, name), one in zip(kept, new, strict=True)
-            ]
-        assert buffers.count == len(kept)
-        if not kept:
-            continue
-        longest = max(cache.shape[3] for _, cache, _ in kept)
-        control = buffers.control()
-        assert [cache.shape[3] for cache in buffers.caches] == [longest, longest]
-        for place, (cross, cache, name) in enumerate(kept):
-            np.testing.assert_array_equal(buffers.cross()["cross"][place], cross[0])
-            assert control.first_valid[place] == longest - cache.shape[3]
-            assert control.rule[place] == name
-            np.testing.assert_array_equal(buffers.caches[1][place, :, :, control.first_valid[place] :], -cache[0])
-
-
-def _control(number: int) -> Control:
-    return Control(
-        rule=np.array([number]),
-        tau=np.zeros(1, np.float32),
-        token_bias=np.zeros((1, 3), np.float32),
-        first_token_bias=np.zeros((1, 3), np.float32),
-        row_mask=np.ones((1, 2), np.bool_),
-        first_valid=np.zeros(1, np.int64),
-    )

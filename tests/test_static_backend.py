@@ -337,7 +337,7 @@ def test_attended_slots_are_few_numbers(needed: int, slots: int, read: int) -> N
 
 def test_adapters_are_rounded_as_elsewhere() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    values = np.random.default_rng(0).normal(0, 3, (2, 50, 7)).astype(np.float32)
+    values = np.random.default_rng(0).normal(0, 3, (1, 2, 50, 7)).astype(np.float32)
     stack = Stack(("music",), 7, {"lora_sq_a0": values})
     bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
     assert np.array_equal(adapter_tensors(stack, "bfloat16")["lora_sq_a0"], bits)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from das_asr.runtime import Transcriber, Transcription
 from das_asr.runtime.backends import BackendOptions
 from das_asr.runtime.backends.base import Control, DecodingBatch, Encoded, LoadedStack, Step, Traffic
-from das_asr.runtime.backends.onnxruntime import Binding, OnnxRuntimeBackend, OnnxRuntimeBatch
+from das_asr.runtime.backends.binding import Binding
+from das_asr.runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeBatch
 from das_asr.runtime.manifest import read_manifest
 from tests.bundles import make_bundle
 
@@ -56,7 +57,7 @@ def open_bundle(
     bundle: Path, wrap: Callable[[OnnxRuntimeBatch], DecodingBatch] = lambda batch: batch
 ) -> tuple[Transcriber, Keeping]:
     manifest = read_manifest(bundle)
-    backend = Keeping(OnnxRuntimeBackend(bundle, manifest, BackendOptions(threads=1)), wrap)
+    backend = Keeping(OnnxRuntimeBackend(bundle, bundle, manifest, BackendOptions(threads=1)), wrap)
     return Transcriber(manifest, bundle, backend), backend
 
 

@@ -114,7 +114,7 @@ def _create(name: str, directory: Path, manifest: Manifest, options: BackendOpti
     if name == "onnxruntime" and options.kind == "cpu":
         from das_asr.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(graphs, manifest, options)
+        return OnnxRuntimeBackend(directory, graphs, manifest, options)
     from das_asr.runtime.backends import onnxruntime_static
 
     return onnxruntime_static.load_backend(graphs, manifest, options)

@@ -6,7 +6,7 @@ request: that lives in what `encode` and `start` return.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,6 +59,12 @@ class Step:
     logprob: NDArray[np.float32]  # [B, R], natural logarithm
     logits: NDArray[np.float32] | None = None  # [B, R, V] before suppression, only when asked for
 
+    def of(self, place: int, rows: int) -> Step:
+        """The outcome for the first rows of one utterance, as a batch of one."""
+        only = slice(place, place + 1)
+        logits = None if self.logits is None else self.logits[only, :rows]
+        return Step(self.row[only], self.candidate[only, :rows], self.logprob[only, :rows], logits)
+
 
 @dataclass
 class Traffic:
@@ -105,17 +111,25 @@ class DecodingBatch(Protocol):
 
 
 class Slots(Protocol):
-    """Utterances of different age in the decoder; they join and leave between any two runs."""
+    """Utterances of different age in the decoder; they join and leave between any two runs.
+
+    Where `Backend.mixes`, each may have another stack of adapters.
+    """
 
     @property
     def count(self) -> int:
         """Live utterances n; they have the places 0 .. n - 1."""
         ...
 
-    def join(self, encoded: Encoded, control: Control, batch: Any, length: int) -> None:
-        """Takes over an utterance whose prompt of `length` tokens was fed as a `batch` of one; it gets the last place.
+    def join(self, encoded: Encoded, stack: LoadedStack, control: Control, batch: Any, length: int) -> None:
+        """Takes over an utterance whose prompt was fed as a batch of one; it gets the last place.
 
-        `batch` is what `start` of the same backend returned.
+        Args:
+            encoded: the utterance.
+            stack: of its rows.
+            control: its control values.
+            batch: what `start` of the same backend returned for these three.
+            length: tokens of the prompt.
         """
         ...
 
@@ -123,8 +137,16 @@ class Slots(Protocol):
         """Frees a place; the last utterance moves into it."""
         ...
 
-    def run(self, ids: NDArray[np.int64], *, logits: bool = False) -> Step:
-        """Feeds one token to every row: ids int64 [n, R, 1], in the order of the places."""
+    def run(self, ids: Sequence[NDArray[np.int64]], *, logits: bool = False) -> list[Step]:
+        """Feeds one token to every row.
+
+        Args:
+            ids: int64 [R, 1] of each utterance, in the order of the places, R its own number of rows.
+            logits: fetch the logits too.
+
+        Returns:
+            The outcome for each utterance as a batch of one, with its own rows.
+        """
         ...
 
 
@@ -134,6 +156,11 @@ class Backend(Protocol):
     @property
     def prunes(self) -> bool:
         """Whether rows that are not needed leave a batch; where they cost less than a copy of the caches, they stay."""
+        ...
+
+    @property
+    def mixes(self) -> bool:
+        """Whether utterances with different stacks share slots; where not, each stack needs slots of its own."""
         ...
 
     def load_stack(self, stack: Stack | None) -> LoadedStack:
@@ -152,12 +179,8 @@ class Backend(Protocol):
         """Binds everything that stays the same for all steps, with empty caches."""
         ...
 
-    def open_slots(self, stack: LoadedStack, capacity: int) -> Slots:
-        """Makes room for `capacity` utterances that are decoded with one stack.
-
-        Raises:
-            BackendError: this device cannot do that.
-        """
+    def open_slots(self, capacity: int) -> Slots:
+        """Makes room for `capacity` utterances."""
         ...
 
     def close(self) -> None:

@@ -60,6 +60,7 @@ def _sizes(manifest: Manifest, limits: EngineLimits) -> dict[str, tuple[int, int
         "frames": (2, dims.frames, dims.frames),
         "audio": (1, dims.audio_positions, dims.audio_positions),
         "batch": (1, 1, limits.max_batch),
+        "groups": (1, 1, limits.max_batch),
         "rows": rows,
         "lanes": (1, rows[1], limits.max_batch * limits.max_rows),
         "rank": (1, min(rank, limits.max_rank), limits.max_rank),

@@ -1,17 +1,12 @@
 """Decoding with a self-attention cache of fixed size, on any engine that binds tensors by address.
 
 What differs between engines is behind two contracts: `Memory` (where tensors lie) and `Program` (a compiled graph). The
-rest is here: utterances are encoded into the workspace they are decoded in, caches are updated in place, the graph's
-choice is fed back on the device, and the host reads a few bytes per step.
-
-Runs are queued ahead: while the host looks at a step's outcome, the device works on the next one. If nobody asks for
-that one, because the text has ended or the host feeds ids of its own, it did no harm: the cache slots it wrote are
-written again before they are read. A host that has fed its own ids once will do so again, so no more are queued for it.
+rest is here and in `static_batch.py`: utterances are encoded into the workspace they are decoded in, caches are updated
+in place, the graph's choice is fed back on the device, and the host reads a few bytes per step.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,42 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from das_asr.runtime.adapters import Stack, rounded_tensors
-from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, Traffic
+from das_asr.runtime.backends.base import Control, Encoded, LoadedStack
 from das_asr.runtime.backends.memory import Buffer, DeviceLock, Memory
-from das_asr.runtime.backends.runner import Lease, Pool, Program, Runner, Turn
-from das_asr.runtime.backends.workspace import CONTROL, Workspace
+from das_asr.runtime.backends.runner import Lease, Pool, Program, Runner
+from das_asr.runtime.backends.static_batch import StaticBatch, StaticEncoded, StaticSlots, StaticStack
+from das_asr.runtime.backends.workspace import Workspace
 from das_asr.runtime.contract import RULE_CODES, DType
 from das_asr.runtime.manifest import Dimensions
 
-__all__ = [
-    "Graphs",
-    "StaticBackend",
-    "StaticBatch",
-    "StaticEncoded",
-    "StaticSlots",
-    "StaticStack",
-    "adapter_tensors",
-    "unlimited",
-]
+__all__ = ["Graphs", "StaticBackend", "adapter_tensors", "unlimited"]
 
 
 def unlimited(batch: int, rows: int, rank: int) -> None:
     """`Graphs.check` of graphs that take any number of utterances and rows and any rank."""
-
-
-@dataclass(frozen=True)
-class StaticStack(LoadedStack):
-    """A stack of adapters on the device, and the runners that decode with it."""
-
-    rank: int
-    pool: Pool
-
-
-@dataclass(frozen=True)
-class StaticEncoded(Encoded):
-    """Utterances that lie encoded in a leased workspace."""
-
-    lease: Lease
 
 
 @dataclass(frozen=True)
@@ -95,6 +67,11 @@ class StaticBackend:
     @property
     def prunes(self) -> bool:
         """No: on a GPU a row costs less than a copy of the caches."""
+        return False
+
+    @property
+    def mixes(self) -> bool:
+        """No: a workspace belongs to a stack of adapters, with its number of rows and its rank."""
         return False
 
     def load_stack(self, stack: Stack | None) -> StaticStack:
@@ -141,12 +118,14 @@ class StaticBackend:
             lease.runner.control(control.feeds(), 0)
         return StaticBatch(self._lock, lease, control)
 
-    def open_slots(self, stack: LoadedStack, capacity: int) -> StaticSlots:
-        """A workspace with places for all of them."""
-        assert isinstance(stack, StaticStack)
-        self._graphs.check(capacity, stack.rows, stack.rank)
-        with self._lock:
-            return StaticSlots(self._lock, stack.pool.lease(capacity))
+    def open_slots(self, capacity: int) -> StaticSlots:
+        """Places in a workspace of the stack that the first utterance brings."""
+
+        def lease(stack: StaticStack) -> Lease:
+            self._graphs.check(capacity, stack.rows, stack.rank)
+            return stack.pool.lease(capacity)
+
+        return StaticSlots(self._lock, lease)
 
     def warm_up(self) -> None:
         """Runs encoder, prompt and step once on silence, so that no request pays for what engines do at first.
@@ -191,96 +170,6 @@ class StaticBackend:
             return Runner(memory, graphs.decoder, workspace, tensors)
 
         return StaticStack(rows, tensors, rank, Pool(make))
-
-
-class StaticBatch:
-    """B utterances in the decoder; see `base.DecodingBatch`."""
-
-    def __init__(self, lock: DeviceLock, lease: Lease, control: Control) -> None:
-        self._lock, self.lease = lock, lease
-        self._first_traffic = {name: array.nbytes for name, array in control.feeds().items() if name in CONTROL}
-        self._ahead: Turn | None = None
-        self._guesses = lease.runner.memory.ahead  # whether the next step is worth queuing
-        self.traffic: list[Traffic] = []
-
-    def run(
-        self, position: NDArray[np.int64], prompt_last: NDArray[np.int64],
-        ids: NDArray[np.int64] | None = None, *, logits: bool = False,
-    ) -> Step:  # fmt: skip
-        """Runs the decoder once, and queues the step that will most likely come next."""
-        runner = self.lease.runner
-        with self._lock:
-            turn, self._ahead = self._ahead, None
-            if turn is not None and ids is not None:
-                self._guesses = False
-            if turn is None or ids is not None or not turn.was_for(position, prompt_last):
-                turn = runner.queue(*_unpadded(position, prompt_last, ids))
-            fetched = runner.logits(turn) if logits else None
-            if self._guesses and not logits:
-                self._ahead = runner.queue_next(turn)
-        turn.traffic.to_device.update(self._first_traffic)
-        self._first_traffic = {}
-        self.traffic.append(turn.traffic)
-        return dataclasses.replace(turn.outcome(), logits=fetched)
-
-    def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
-        """Never asked for; see `StaticBackend.prunes`."""
-        del places, row_mask, stack
-        raise AssertionError("rows were to leave, but this backend keeps all of them")
-
-
-class StaticSlots:
-    """Utterances that join and leave between runs; see `base.Slots`."""
-
-    def __init__(self, lock: DeviceLock, lease: Lease) -> None:
-        self._lock, self._lease = lock, lease
-        self._lengths = np.zeros(0, np.int64)  # cached tokens of each
-
-    @property
-    def count(self) -> int:
-        """Live utterances."""
-        return len(self._lengths)
-
-    def join(self, encoded: Encoded, control: Control, batch: Any, length: int) -> None:
-        """Copies the utterance's tensors, its control values among them, into the next place."""
-        del encoded, control  # the batch has both
-        assert isinstance(batch, StaticBatch)
-        with self._lock:
-            self._lease.runner.adopt(self.count, batch.lease.runner, 0)
-        self._lengths = np.append(self._lengths, length)
-
-    def leave(self, place: int) -> None:
-        """Copies the last utterance into the place."""
-        last = self.count - 1
-        if place != last:
-            with self._lock:
-                self._lease.runner.adopt(place, self._lease.runner, last)
-        lengths = self._lengths.copy()  # a turn may hold the old ones
-        lengths[place] = lengths[last]
-        self._lengths = lengths[:last]
-
-    def run(self, ids: NDArray[np.int64], *, logits: bool = False) -> Step:
-        """One token for every row of every live utterance."""
-        runner = self._lease.runner
-        with self._lock:
-            turn = runner.queue(self._lengths, self._lengths - 1, ids)
-            fetched = runner.logits(turn) if logits else None
-        self._lengths = self._lengths + 1
-        return dataclasses.replace(turn.outcome(), logits=fetched)
-
-
-def _unpadded(
-    position: NDArray[np.int64], prompt_last: NDArray[np.int64], ids: NDArray[np.int64] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
-    """Moves the padding of prompts from the left, where positions are negative, to the right.
-
-    There it needs no mask and no slot of its own: nothing sees it, and each utterance's next tokens overwrite it.
-    """
-    if ids is None or (position >= 0).all():
-        return position, prompt_last, ids
-    pads = np.maximum(-position, 0)
-    moved = np.stack([np.roll(utterance, -pad, axis=1) for utterance, pad in zip(ids, pads, strict=True)])
-    return position + pads, prompt_last, moved
 
 
 def adapter_tensors(stack: Stack, dtype: DType) -> dict[str, NDArray[Any]]:
