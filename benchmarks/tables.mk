@@ -135,7 +135,7 @@ $(T)/tables.md: $(REPORTS) $(T)/forgetting.md $(T)/tune.json
 
 # ---- BLoRA: the domains one after the other, with several weights of the KL term ----
 
-BETAS := 0.03 0.1 0.3
+BETAS := 0.03 0.1 0.15 0.3
 CHAINS := lora $(BETAS:%=beta-%)
 FEW := 1000
 CHAIN := $(foreach name,$(MAIN),$(name)=$(T)/speech/$(name)/few.jsonl)
