@@ -196,8 +196,8 @@ def scores(result: Transcription) -> list[float]:
 
 def test_task_and_prompt_are_heard(demo: Transcriber, clip: Path) -> None:
     plain = scores(demo.transcribe(clip))
-    assert scores(demo.transcribe(clip, task="translate")) != pytest.approx(plain, abs=1e-3)
-    assert scores(demo.transcribe(clip, prompt="bruno mars")) != pytest.approx(plain, abs=1e-3)
+    assert scores(demo.transcribe(clip, task="translate")) != pytest.approx(plain, abs=1e-4)
+    assert scores(demo.transcribe(clip, prompt="bruno mars")) != pytest.approx(plain, abs=1e-4)
     assert scores(demo.transcribe(clip, prompt="  ")) == plain
     assert demo.transcribe(clip, prompt="a very long story " * 50).provenance
 

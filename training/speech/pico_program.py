@@ -11,6 +11,8 @@ import wave
 
 import ttspico  # pyright: ignore[reportMissingImports]  # optional
 
+__all__ = ["main"]
+
 _RATE = 16_000  # Hz
 _BYTES = 2  # of a sample
 
