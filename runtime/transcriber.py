@@ -153,12 +153,7 @@ class Transcriber:
         chosen = _options(options, choices)
         with self._in_use():
             clock = Clock()
-            rate = self.manifest.audio.sample_rate
-            samples = [load_audio(audio, sample_rate, target_rate=rate) for audio in audios]
-            for utterance in samples:
-                check_duration(utterance, self.manifest.audio)
-            clock.lap("audio")
-            return self._run(samples, chosen, clock)
+            return self._run(self._read(audios, sample_rate, clock), chosen, clock)
 
     def submit(
         self,
@@ -201,13 +196,10 @@ class Transcriber:
         with self._in_use():
             ends = None if deadline is None else perf_counter() + deadline
             clock = Clock()
-            rate = self.manifest.audio.sample_rate
-            samples = load_audio(audio, sample_rate, target_rate=rate)
-            check_duration(samples, self.manifest.audio)
-            clock.lap("audio")
+            (samples,) = self._read([audio], sample_rate, clock)
             adapters = self._adapters.get(chosen.adapter_names)
             job = Job(self.manifest, self._tokenizer, adapters, chosen, 1)
-            duration = len(samples) / rate
+            duration = len(samples) / self.manifest.audio.sample_rate
             if is_silent(samples):
                 silent: Future[Transcription] = Future()
                 silent.set_result(job.silence(duration, clock.stop(duration)))
@@ -279,6 +271,15 @@ class Transcriber:
             with self._idle:
                 self._running -= 1
                 self._idle.notify_all()
+
+    def _read(self, audios: Sequence[AudioInput], sample_rate: int | None, clock: Clock) -> list[Samples]:
+        """Samples of utterances that fit the window, at the model's rate."""
+        target = self.manifest.audio.sample_rate
+        samples = [load_audio(audio, sample_rate, target_rate=target) for audio in audios]
+        for utterance in samples:
+            check_duration(utterance, self.manifest.audio)
+        clock.lap("audio")
+        return samples
 
     def _run(self, samples: list[Samples], options: DecodingOptions, clock: Clock) -> list[Transcription]:
         """Decodes what can be heard in one batch, and puts digital silence back in its place as empty results."""
