@@ -2,11 +2,11 @@
 
     write_variant(Path("bundle"), "int8", dims)   # bundle/int8/encoder.onnx, bundle/int8/decoder.onnx
 
-`int8`: the encoder's products take 8-bit weights and activations, which is where a CPU gains most. An activation's
-scale comes from its whole tensor, so the runtime encodes utterances one by one: what a request gets must not depend on
-what it is batched with. The decoder's weights have 8 bits and a scale for every block of inputs, and activations are
-rounded in the same blocks, each row for itself. `int4`: the same with 4 bits in the decoder's layers, in small blocks;
-the output layer keeps 8.
+`int8`: the encoder's products take 8-bit weights and activations, which is where a CPU gains most
+(`integer_encoder`). An activation's scale comes from its whole tensor, so the runtime encodes utterances one by one:
+what a request gets must not depend on what it is batched with. The decoder's weights have 8 bits and a scale for every
+block of inputs, and activations are rounded in the same blocks, each row for itself. `int4`: the same with 4 bits in
+the decoder's layers, in small blocks; the output layer keeps 8.
 
 The token table is stored once, in the blocks of the output layer, and embeddings are made from it. Convolutions, norms,
 biases, and everything that belongs to adapters stay float32. Quantisation itself is ONNX Runtime's.
@@ -14,7 +14,6 @@ biases, and everything that belongs to adapters stay float32. Quantisation itsel
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from das_asr.runtime.contract import ALONE, DECODER_FILE, ENCODER_FILE
+from das_asr.export.integer_encoder import products_of_inputs, save_variant, write_integer_encoder
+from das_asr.runtime.contract import DECODER_FILE, ENCODER_FILE
 from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import Dimensions
 
@@ -52,53 +52,9 @@ def write_variant(bundle: Path, precision: str, dims: Dimensions) -> None:
         )
     folder = bundle / precision
     folder.mkdir()
-    _write_encoder(bundle / ENCODER_FILE, folder / ENCODER_FILE)
+    write_integer_encoder(bundle / ENCODER_FILE, folder / ENCODER_FILE)
     block = next(size for size in _BLOCKS if dims.d_model % size == 0)
     _write_decoder(bundle / DECODER_FILE, folder / DECODER_FILE, bits=8 if precision == "int8" else 4, block=block)
-
-
-# --- Encoder ---
-
-
-def _write_encoder(source: Path, target: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    model = onnx.load(source, load_external_data=False)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:  # on the same disk: it is as large as the encoder
-        whole = Path(scratch) / "whole.onnx"
-        quantize_dynamic(
-            source,
-            whole,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=_products_of_inputs(model),
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=True,
-            extra_options={"MatMulConstBOnly": True},
-        )
-        quantized = onnx.load(whole)
-    _use_engine_attention(quantized)
-    model.metadata_props.add(key=ALONE, value="activations are rounded over the whole batch")
-    _save(quantized, model, target)
-
-
-def _use_engine_attention(model: onnx.ModelProto) -> None:
-    """Replaces the standard attention by the engine's own, whose kernel is a tenth faster.
-
-    The float32 graphs keep the standard one, which other engines read too; these graphs are ONNX Runtime's anyway.
-    """
-    for node in model.graph.node:
-        if node.op_type == "Attention":
-            heads, scale = (helper.get_node_attr_value(node, name) for name in ("q_num_heads", "scale"))
-            node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
-            del node.attribute[:]
-            node.attribute.extend([helper.make_attribute("num_heads", heads), helper.make_attribute("scale", scale)])
-
-
-def _products_of_inputs(model: onnx.ModelProto) -> list[str]:
-    """Names of the products whose right side can be fed: adapters have defaults, but are no constants."""
-    fed = {value.name for value in model.graph.input}
-    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in fed]
 
 
 # --- Decoder ---
@@ -129,12 +85,12 @@ def _write_decoder(source: Path, target: Path, bits: int, block: int) -> None:
         result: onnx.ModelProto = wrapped.model
         return result
 
-    fed = _products_of_inputs(original)
+    fed = products_of_inputs(original)
     if bits != 8:
         model = quantize(model, bits, _SMALLEST_BLOCK, [*fed, _HEAD])
     model = quantize(model, 8, block, fed)
     _embed_from_head(model, block)
-    _save(model, original, target)
+    save_variant(model, original, target)
 
 
 def _untie(model: onnx.ModelProto) -> None:
@@ -182,26 +138,3 @@ def _embed_from_head(model: onnx.ModelProto, block: int) -> None:
 def _reshape(graph: onnx.GraphProto, name: str, shape: tuple[int, ...]) -> None:
     tensor = next(item for item in graph.initializer if item.name == name)
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).reshape(shape), name))
-
-
-# --- The file ---
-
-
-def _save(model: onnx.ModelProto, original: onnx.ModelProto, target: Path) -> None:
-    """Writes the model beside its weights, with the properties and the order of inputs of the float32 one."""
-    del model.metadata_props[:]
-    model.metadata_props.extend(original.metadata_props)
-    model.producer_name = original.producer_name
-    del model.graph.input[:]
-    model.graph.input.extend(original.graph.input)
-    used = {name for node in model.graph.node for name in node.input}
-    for item in [item for item in model.graph.initializer if item.name not in used]:
-        model.graph.initializer.remove(item)
-    onnx.save(
-        model,
-        target,
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{target.name}.data",
-        size_threshold=1024,
-    )

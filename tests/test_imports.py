@@ -52,6 +52,7 @@ AT_MODULE_LEVEL = {
     "export/builder.py": {"onnx"},
     "export/decoder.py": {"onnx"},
     "export/half.py": {"onnx"},
+    "export/integer_encoder.py": {"onnx"},
     "export/precision.py": {"onnx"},
     "training/base/augment.py": {"torch"},
     "training/base/batches.py": {"torch"},
