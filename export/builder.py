@@ -29,6 +29,8 @@ _ELEMENT_TYPES: dict[DType, int] = {
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
 }
 _ALIGNMENT = 4096  # a page, so that a weight can be memory-mapped where it lies

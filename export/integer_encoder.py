@@ -1,10 +1,11 @@
 """The encoder with 8-bit weights and activations, for ONNX Runtime on CPUs: layers, strided convolution and attention.
 
-    write_integer_encoder(Path("bundle/encoder.onnx"), Path("bundle/int8/encoder.onnx"))
+    write_integer_encoder(Path("bundle/encoder.onnx"), Path("bundle/int8/encoder.onnx"), dims)
 
 Products with weights are quantised by ONNX Runtime's own tool: a scale per output, activations by a scale of their
 whole tensor. The strided convolution is written as such a product. Attention, most of an encoder's time and without an
-integer form in the engine, is written here as two integer products around a softmax in float32.
+integer form in the engine, is written here as two integer products around a softmax in float32. What the decoder is
+handed is in integers too (`integer_cross`).
 
 The other convolution, norms, biases, and everything that belongs to adapters stay float32.
 """
@@ -12,23 +13,22 @@ The other convolution, norms, biases, and everything that belongs to adapters st
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from das_asr.export.integer_cross import round_cross_tensors
+from das_asr.export.rewriting import ENGINE, Nodes, attribute, replace
 from das_asr.runtime.contract import ALONE
+from das_asr.runtime.manifest import Dimensions
 
-__all__ = ["products_of_inputs", "save_variant", "write_integer_encoder"]
-
-_ENGINE = "com.microsoft"  # domain of ONNX Runtime's own operators
+__all__ = ["products_of_inputs", "save_variant", "use_integer_attention", "write_integer_encoder"]
 
 
-def write_integer_encoder(source: Path, target: Path) -> None:
+def write_integer_encoder(source: Path, target: Path, dims: Dimensions) -> None:
     """Writes the integer form of the float32 encoder in `source`."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -50,7 +50,8 @@ def write_integer_encoder(source: Path, target: Path) -> None:
             extra_options={"MatMulConstBOnly": True},
         )
         model = onnx.load(quantized)
-    _use_integer_attention(model)
+    use_integer_attention(model)
+    round_cross_tensors(model, dims)
     original.metadata_props.add(key=ALONE, value="activations are rounded over the whole batch")
     save_variant(model, original, target)
 
@@ -62,7 +63,7 @@ def products_of_inputs(model: onnx.ModelProto) -> list[str]:
 
 
 def save_variant(model: onnx.ModelProto, original: onnx.ModelProto, target: Path) -> None:
-    """Writes the model beside its weights, with the properties and the order of inputs of the float32 one."""
+    """Writes the model beside its weights, with the properties and the order of inputs of the original."""
     del model.metadata_props[:]
     model.metadata_props.extend(original.metadata_props)
     model.producer_name = original.producer_name
@@ -81,19 +82,6 @@ def save_variant(model: onnx.ModelProto, original: onnx.ModelProto, target: Path
     )
 
 
-def _replace(graph: onnx.GraphProto, old: Sequence[onnx.NodeProto], new: Sequence[onnx.NodeProto]) -> None:
-    """Puts nodes in the place of the last of those that go."""
-    place = list(graph.node).index(old[-1])
-    for offset, node in enumerate(new):
-        graph.node.insert(place + offset, node)
-    for node in old:
-        graph.node.remove(node)
-
-
-def _node(kind: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(kind, inputs, [output], name=output, domain=domain, **attributes)
-
-
 # --- Convolution ---
 
 
@@ -104,144 +92,96 @@ def _unfold_convolution(model: onnx.ModelProto) -> None:
     [B, S, 3D] @ [3D, D]. The engine's own integer convolution takes three times as long as its float32 one.
     """
     graph = model.graph
-    convolution = next(node for node in graph.node if node.op_type == "Conv" and _attribute(node, "strides") == [2])
+    convolution = next(node for node in graph.node if node.op_type == "Conv" and attribute(node, "strides") == [2])
     activation = next(node for node in graph.node if convolution.output[0] in node.input)
     transpose = next(node for node in graph.node if activation.output[0] in node.input)
     assert transpose.op_type == "Transpose"
-    frames, weight_name, bias = convolution.input
+    given, weight_name, bias = convolution.input
     kernel = next(item for item in graph.initializer if item.name == weight_name)
     weight = numpy_helper.to_array(kernel)  # [D, D, 3]
     width = weight.shape[1]
     kernel.CopyFrom(numpy_helper.from_array(weight.transpose(2, 1, 0).reshape(3 * width, -1), weight_name))
-    constants = {
-        "in_pairs": [0, -1, 2 * width],
-        "width": [width],
-        "two_widths": [2 * width],
-        "before_the_first": [0, 1, 0, 0, 0, 0],
-        "0": [0],
-        "-1": [-1],
-        "positions": [1],
-        "channels": [2],
-    }
-    name = convolution.name
-    graph.initializer.extend(numpy_helper.from_array(np.array(v), f"{name}/{key}") for key, v in constants.items())
 
-    def of(*keys: str) -> list[str]:
-        return [f"{name}/{key}" for key in keys]
-
-    steps = [
-        _node("Transpose", [frames], f"{name}/frames", perm=[0, 2, 1]),
-        _node("Reshape", of("frames", "in_pairs"), f"{name}/pairs"),  # [B, S, 2D]
-        _node("Slice", of("pairs", "width", "two_widths", "channels"), f"{name}/odd"),
-        _node("Pad", of("odd", "before_the_first"), f"{name}/padded"),
-        _node("Slice", of("padded", "0", "-1", "positions"), f"{name}/odd_before"),
-        _node("Concat", of("odd_before", "pairs"), f"{name}/unfolded", axis=2),
-        _node("MatMul", [f"{name}/unfolded", weight_name], f"{name}/MatMul"),
-        _node("Add", [f"{name}/MatMul", bias], convolution.output[0]),
-        _node(activation.op_type, [convolution.output[0]], transpose.output[0]),
-    ]
-    _replace(graph, [convolution, activation, transpose], steps)
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    return helper.get_node_attr_value(node, name)
+    n = Nodes(convolution.name)
+    frames = n.op("Transpose", given, name="frames", perm=[0, 2, 1])
+    pairs = n.op("Reshape", frames, n.constant("in_pairs", [0, -1, 2 * width]), name="pairs")
+    half = (n.constant("width", [width]), n.constant("two_widths", [2 * width]), n.constant("channels", [2]))
+    odd = n.op("Slice", pairs, *half, name="odd")
+    padded = n.op("Pad", odd, n.constant("one_before", [0, 1, 0, 0, 0, 0]), name="padded")
+    but_last = (n.constant("0", [0]), n.constant("-1", [-1]), n.constant("positions", [1]))
+    before = n.op("Slice", padded, *but_last, name="odd_before")
+    product = n.op("MatMul", n.op("Concat", before, pairs, name="unfolded", axis=2), weight_name, name="MatMul")
+    biased = n.op("Add", product, bias, name="biased")
+    n.op(activation.op_type, biased, name="activation", output=transpose.output[0])
+    replace(model, [convolution, activation, transpose], n)
 
 
 # --- Attention ---
 
 
-def _use_integer_attention(model: onnx.ModelProto) -> None:
+def use_integer_attention(model: onnx.ModelProto) -> None:
     """Replaces every attention of [B, S, D] by a loop over utterances, and in it over heads.
 
     So only one head's weights [S, S] are in memory at a time, and they stay in the processor's caches.
     """
-    if not any(item.domain == _ENGINE for item in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(_ENGINE, 1))
-    graph = model.graph
-    for node in [node for node in graph.node if node.op_type == "Attention"]:
-        assert _attribute(node, "scale") == 1.0  # folded into the projection of the keys
-        body = _utterance(node.name, _attribute(node, "q_num_heads"))
-        loop = helper.make_node(
-            "Scan", list(node.input[:3]), [node.output[0]], name=node.name, body=body, num_scan_inputs=3
-        )
-        _replace(graph, [node], [loop])
+    for node in [node for node in model.graph.node if node.op_type == "Attention"]:
+        assert attribute(node, "scale") == 1.0  # folded into the projection of the keys
+        n = Nodes(node.name)
+        body = _utterance(n.name("utterance"), node)
+        n.op("Scan", *node.input[:3], name="utterances", output=node.output[0], body=body, num_scan_inputs=3)
+        replace(model, [node], n)
+    if not any(item.domain == ENGINE for item in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(ENGINE, 1))
 
 
-def _utterance(name: str, heads: int) -> onnx.GraphProto:
+def _utterance(prefix: str, attention: onnx.NodeProto) -> onnx.GraphProto:
     """Queries, keys and values [S, D] of one utterance -> [S, D]."""
-    constants = {f"{name}/split": np.array([0, heads, -1]), f"{name}/merge": np.array([0, -1])}
-    parts = [
-        _node("Reshape", [f"{name}/{kind}", f"{name}/split"], f"{name}/{kind}_heads") for kind in ("q", "k", "v")
-    ]  # [S, H, d]
-    loop = helper.make_node(
-        "Scan",
-        [part.output[0] for part in parts],
-        [f"{name}/heads"],
-        name=f"{name}/heads",
-        body=_head(f"{name}/head"),
-        num_scan_inputs=3,
-        scan_input_axes=[1, 1, 1],
-        scan_output_axes=[1],
-    )
-    merge = _node("Reshape", [f"{name}/heads", f"{name}/merge"], f"{name}/merged")
-    return _body(name, [*parts, loop, merge], constants)
+    n = Nodes(prefix)
+    split = n.constant("split", [0, attribute(attention, "q_num_heads"), -1])
+    heads = [n.op("Reshape", n.name(kind), split, name=f"{kind}_heads") for kind in ("q", "k", "v")]  # [S, H, d]
+    body, axes = _head(n.name("head")), {"scan_input_axes": [1, 1, 1], "scan_output_axes": [1]}
+    context = n.op("Scan", *heads, name="heads", body=body, num_scan_inputs=3, **axes)
+    n.op("Reshape", context, n.constant("merge", [0, -1]), name="merged")
+    return _body(n)
 
 
-def _head(name: str) -> onnx.GraphProto:
+def _head(prefix: str) -> onnx.GraphProto:
     """Queries, keys and values [S, d] of one head -> [S, d]: softmax(Q K^T) V in integer products.
 
     Left operands are unsigned, right ones signed: that is the pair for which processors have instructions. Each row of
     weights is scaled by its own largest: a common scale would round rows that attend to everything a little to nothing.
     """
-    constants: dict[str, NDArray[Any]] = {
-        "signed": np.array(0, np.int8),  # a zero point, which gives the type
-        "to_signed": np.array(1 / 127, np.float32),
-        "to_unsigned": np.array(1 / 255, np.float32),
-        "one": np.array(1, np.float32),
-        "last": np.array([-1]),
-    }
-
-    def of(*keys: str) -> list[str]:
-        return [f"{name}/{key}" for key in keys]
-
-    def signed(kind: str) -> list[onnx.NodeProto]:
-        return [
-            _node("Abs", of(kind), f"{name}/{kind}_abs"),
-            _node("ReduceMax", of(f"{kind}_abs"), f"{name}/{kind}_max", keepdims=0),
-            _node("Mul", of(f"{kind}_max", "to_signed"), f"{name}/{kind}_scale"),
-            _node("QuantizeLinear", of(kind, f"{kind}_scale", "signed"), f"{name}/{kind}_8"),
-        ]
-
-    def product(inputs: list[str], output: str) -> onnx.NodeProto:
-        return _node("MatMulIntegerToFloat", inputs, f"{name}/{output}", _ENGINE)
-
-    steps = [
-        helper.make_node("DynamicQuantizeLinear", of("q"), of("q_8", "q_scale", "q_zero"), name=f"{name}/q_8"),
-        *signed("k"),
-        *signed("v"),
-        _node("Transpose", of("k_8"), f"{name}/k_t", perm=[1, 0]),
-        product(of("q_8", "k_t", "q_scale", "k_scale", "q_zero"), "scores"),
-        _node("Softmax", of("scores"), f"{name}/weights", axis=-1),
-        _node("ReduceMax", of("weights", "last"), f"{name}/weights_max", keepdims=1),
-        _node("Mul", of("weights_max", "to_unsigned"), f"{name}/weights_scale"),  # [S, 1]
-        _node("Squeeze", of("weights_scale", "last"), f"{name}/row_scales"),
-        _node("QuantizeLinear", of("weights", "row_scales"), f"{name}/weights_8", axis=0),
-        product(of("weights_8", "v_8", "one", "v_scale"), "unscaled"),
-        _node("Mul", of("unscaled", "weights_scale"), f"{name}/context"),
-    ]
-    return _body(name, steps, {f"{name}/{key}": value for key, value in constants.items()})
+    n = Nodes(prefix)
+    last, one = n.constant("last", [-1]), n.constant("one", 1, np.float32)
+    q_8, q_scale, q_zero = (n.name(name) for name in ("q_8", "q_scale", "q_zero"))
+    n.nodes.append(helper.make_node("DynamicQuantizeLinear", [n.name("q")], [q_8, q_scale, q_zero], name=q_8))
+    k_8, k_scale = _signed(n, "k")
+    v_8, v_scale = _signed(n, "v")
+    k_t = n.op("Transpose", k_8, name="k_t", perm=[1, 0])
+    scores = n.engine("MatMulIntegerToFloat", q_8, k_t, q_scale, k_scale, q_zero, name="scores")
+    weights = n.op("Softmax", scores, name="weights", axis=-1)
+    largest = n.op("ReduceMax", weights, last, name="largest", keepdims=1)
+    scale = n.op("Mul", largest, n.constant("to_unsigned", 1 / 255, np.float32), name="weights_scale")  # [S, 1]
+    per_row = n.op("Squeeze", scale, last, name="row_scales")
+    weights_8 = n.op("QuantizeLinear", weights, per_row, name="weights_8", axis=0)
+    context = n.engine("MatMulIntegerToFloat", weights_8, v_8, one, v_scale, name="unscaled")
+    n.op("Mul", context, scale, name="context")
+    return _body(n)
 
 
-def _body(name: str, steps: Sequence[onnx.NodeProto], constants: Mapping[str, NDArray[Any]]) -> onnx.GraphProto:
-    """The body of a loop over q, k and v, whose result is that of the last step."""
+def _signed(n: Nodes, kind: str) -> tuple[str, str]:
+    """A tensor in signed 8 bits around 0, and its scale."""
+    largest = n.op("ReduceMax", n.op("Abs", n.name(kind), name=f"{kind}_abs"), name=f"{kind}_largest", keepdims=0)
+    scale = n.op("Mul", largest, n.constant(f"{kind}_to_signed", 1 / 127, np.float32), name=f"{kind}_scale")
+    zero = n.constant(f"{kind}_zero", 0, np.int8)
+    return n.op("QuantizeLinear", n.name(kind), scale, zero, name=f"{kind}_8"), scale
 
-    def value(name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
-    return helper.make_graph(
-        steps,
-        name,
-        [value(f"{name}/{kind}") for kind in ("q", "k", "v")],
-        [value(steps[-1].output[0])],
-        [numpy_helper.from_array(array, key) for key, array in constants.items()],
-    )
+def _body(n: Nodes) -> onnx.GraphProto:
+    """The body of a loop over q, k and v, whose result is that of the last node."""
+
+    def values(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+
+    inputs = [n.name(kind) for kind in ("q", "k", "v")]
+    return helper.make_graph(n.nodes, n.name("body"), values(inputs), values(n.nodes[-1].output), n.constants)

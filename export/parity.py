@@ -143,7 +143,7 @@ def _graph_logits(
 ) -> dict[str, list[NDArray[np.float32]]]:
     """The logits [B, R, 1 + steps, V] of each batch from each decoder file; a bundle may lack the static one."""
     dims = manifest.dimensions
-    cross = Encoder(directory, dims)(features[: len(batches[-1])])
+    cross = Encoder(directory)(features[: len(batches[-1])])
     found = {}
     for kind in (GrowingDecoder, StaticDecoder):
         if kind.file in manifest.files:

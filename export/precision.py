@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from das_asr.export.integer_cross import declare_integer_cross, use_integer_cross
 from das_asr.export.integer_encoder import products_of_inputs, save_variant, write_integer_encoder
 from das_asr.runtime.contract import DECODER_FILE, ENCODER_FILE
 from das_asr.runtime.errors import ExportError
@@ -52,15 +53,16 @@ def write_variant(bundle: Path, precision: str, dims: Dimensions) -> None:
         )
     folder = bundle / precision
     folder.mkdir()
-    write_integer_encoder(bundle / ENCODER_FILE, folder / ENCODER_FILE)
+    write_integer_encoder(bundle / ENCODER_FILE, folder / ENCODER_FILE, dims)
     block = next(size for size in _BLOCKS if dims.d_model % size == 0)
-    _write_decoder(bundle / DECODER_FILE, folder / DECODER_FILE, bits=8 if precision == "int8" else 4, block=block)
+    bits = 8 if precision == "int8" else 4
+    _write_decoder(bundle / DECODER_FILE, folder / DECODER_FILE, dims, bits, block)
 
 
 # --- Decoder ---
 
 
-def _write_decoder(source: Path, target: Path, bits: int, block: int) -> None:
+def _write_decoder(source: Path, target: Path, dims: Dimensions, bits: int, block: int) -> None:
     """`block` is that of the weights with 8 bits; those with fewer have the smallest."""
     from onnxruntime.quantization import QuantFormat
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -90,6 +92,8 @@ def _write_decoder(source: Path, target: Path, bits: int, block: int) -> None:
         model = quantize(model, bits, _SMALLEST_BLOCK, [*fed, _HEAD])
     model = quantize(model, 8, block, fed)
     _embed_from_head(model, block)
+    use_integer_cross(model, dims)
+    declare_integer_cross(original.graph, dims)
     save_variant(model, original, target)
 
 

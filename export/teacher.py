@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.runtime.contract import DECODER_FILE, DECODER_STATIC_FILE, ENCODER_FILE, cache_names, cross_specs
+from das_asr.runtime.contract import DECODER_FILE, DECODER_STATIC_FILE, ENCODER_FILE, cache_names
 from das_asr.runtime.errors import ExportError
 from das_asr.runtime.manifest import Dimensions
 
@@ -47,9 +47,9 @@ class Forced:
 class Encoder:
     """The shipped encoder through plain ONNX Runtime, with the adapters that it carries as defaults."""
 
-    def __init__(self, directory: Path, dims: Dimensions) -> None:
+    def __init__(self, directory: Path) -> None:
         self._session = _session(directory / ENCODER_FILE)
-        self._names = [spec.name for spec in cross_specs(dims)]
+        self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, features: NDArray[np.float32]) -> Feeds:
         """Features [B, mels, frames] -> the cross tensors by name."""

@@ -40,6 +40,7 @@ __all__ = [
     "decoder_outputs",
     "encoder_inputs",
     "encoder_outputs",
+    "integer_cross_specs",
     "lora_specs",
     "static_decoder_inputs",
     "static_decoder_outputs",
@@ -52,7 +53,7 @@ DECODER_STATIC_FILE = "decoder_static.onnx"
 
 Shape = tuple[int | str, ...]
 
-DType = Literal["float32", "float16", "bfloat16", "int64", "bool"]
+DType = Literal["float32", "float16", "bfloat16", "int64", "int8", "uint8", "bool"]
 
 Target = Literal["sq", "sv", "cq", "cv"]
 """Which projection a LoRA sits on: self- or cross-attention, query or value."""
@@ -105,6 +106,20 @@ def cross_specs(dims: Dimensions, dtype: DType = "float32") -> Iterator[TensorSp
         yield TensorSpec(f"cross_k{layer}", dtype, ("batch", heads, "audio", size))
         yield TensorSpec(f"cross_v{layer}", dtype, ("batch", heads, size, "audio"))
         yield TensorSpec(f"cross_u{layer}", dtype, ("batch", "rows", "audio", "rank"))
+
+
+def integer_cross_specs(dims: Dimensions) -> Iterator[TensorSpec]:
+    """What is handed over in graphs with 8-bit activations: float32 = scale * (8 bits - zero point).
+
+    Keys have zero point 128, the others 0; values are not transposed.
+    """
+    heads, size = dims.decoder_heads, dims.head_size
+    for layer in range(dims.decoder_layers):
+        yield TensorSpec(f"cross_k{layer}", "uint8", ("batch", heads, "audio", size))
+        yield TensorSpec(f"cross_v{layer}", "int8", ("batch", heads, "audio", size))
+        yield TensorSpec(f"cross_u{layer}", "int8", ("batch", "rows", "audio", "rank"))
+        for kind, axis in (("k", heads), ("v", heads), ("u", "rows")):
+            yield TensorSpec(f"cross_{kind}_scale{layer}", "float32", ("batch", axis, 1, 1))
 
 
 def cache_names(dims: Dimensions) -> Iterator[tuple[str, str]]:

@@ -27,10 +27,8 @@ from das_asr.runtime.contract import (
     DECODER_FILE,
     ENCODER_FILE,
     cache_names,
-    cross_specs,
     decoder_inputs,
     encoder_inputs,
-    encoder_outputs,
 )
 from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Dimensions, Manifest
@@ -74,6 +72,8 @@ class OnnxRuntimeBackend:
         self._dtype = _cache_type(self._decoder)
         # A number in bundles whose encoder takes nothing else, a symbol in those that take less.
         self._window = next(given.shape[2] for given in self._encoder.get_inputs() if given.name == "features")
+        # Not every precision hands over the same tensors; each graph says which of them have rows.
+        self._cross = {output.name: "rows" in output.shape for output in self._encoder.get_outputs()}
         self._alone = ALONE in self._encoder.get_modelmeta().custom_metadata_map
         if pages is not None:
             pages.advise()
@@ -103,9 +103,8 @@ class OnnxRuntimeBackend:
         binding = Binding(self._encoder, *HOST)
         binding.feed("features", features)
         binding.connect_all(stack.tensors, [spec.name for spec in encoder_inputs(self._dims)])
-        names = [spec.name for spec in encoder_outputs(self._dims)]
-        tensors, _ = binding.run(names, ())
-        return Encoded(features.shape[0], dict(zip(names, tensors, strict=True)))
+        tensors, _ = binding.run(self._cross, ())
+        return Encoded(features.shape[0], dict(zip(self._cross, tensors, strict=True)))
 
     def _check_frames(self, frames: int) -> None:
         window = self._window
@@ -126,14 +125,14 @@ class OnnxRuntimeBackend:
     def start(self, encoded: Encoded, stack: LoadedStack, control: Control) -> OnnxRuntimeBatch:
         """Binds cross-attention tensors, adapters and control values once for all steps of the batch."""
         binding = Binding(self._decoder, *HOST)
-        names = [spec.name for spec in decoder_inputs(self._dims)]
-        binding.connect_all(encoded.tensors, names)
-        binding.connect_all(stack.tensors, names)
+        binding.connect_all(encoded.tensors, list(self._cross))
+        binding.connect_all(stack.tensors, [spec.name for spec in decoder_inputs(self._dims)])
         for name, array in control.feeds().items():
             binding.place(name, array)
         shape = (encoded.batch, stack.rows, self._dims.decoder_heads, 0, self._dims.head_size)
         empty = to_device(np.zeros(shape, self._dtype), *HOST)
-        return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty), self._dims)
+        with_rows = [name for name, has_rows in self._cross.items() if has_rows]
+        return OnnxRuntimeBatch(binding, GrowingCache(self._dims, empty), self._dims, with_rows)
 
     def open_slots(self, capacity: int) -> OnnxRuntimeSlots:
         """Slots in host memory; see `base.Backend`."""
@@ -159,8 +158,8 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeBatch:
     """B utterances in the decoder; see `base.DecodingBatch`."""
 
-    def __init__(self, binding: Binding, cache: GrowingCache, dims: Dimensions) -> None:
-        self._binding, self.cache, self._dims = binding, cache, dims
+    def __init__(self, binding: Binding, cache: GrowingCache, dims: Dimensions, cross_by_row: Sequence[str]) -> None:
+        self._binding, self.cache, self._dims, self._cross_by_row = binding, cache, dims, cross_by_row
         self._next_ids: Any = None
         self.traffic: list[Traffic] = []
 
@@ -185,9 +184,8 @@ class OnnxRuntimeBatch:
 
     def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
         """Copies the rows that stay; see `base.DecodingBatch`."""
-        for spec in cross_specs(self._dims):
-            if "rows" in spec.shape:
-                self._binding.connect(spec.name, _rows(self._binding.connected(spec.name), places))
+        for name in self._cross_by_row:
+            self._binding.connect(name, _rows(self._binding.connected(name), places))
         self._binding.connect_all(stack.tensors, [spec.name for spec in decoder_inputs(self._dims)])
         self.cache.advance([_rows(value, places) for value in self.cache.values])
         self._next_ids = _rows(self._next_ids, places)

@@ -1,0 +1,74 @@
+"""Changing a finished graph: new nodes are written like formulas and put in the place of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+from onnx import TensorProto, helper, numpy_helper
+
+__all__ = ["ENGINE", "Nodes", "attribute", "node_of", "replace"]
+
+ENGINE = "com.microsoft"
+"""Domain of the operators that ONNX Runtime adds to the standard's."""
+
+
+class Nodes:
+    """New nodes with one output each, and the small constants that they read, under a common prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+
+    def name(self, name: str) -> str:
+        """A name under the prefix."""
+        return f"{self._prefix}/{name}"
+
+    def constant(self, name: str, value: ArrayLike, dtype: Any = np.int64) -> str:
+        """A constant, stored in the graph."""
+        full = self.name(name)
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), full))
+        return full
+
+    def op(self, kind: str, *inputs: str, name: str, output: str = "", **attributes: Any) -> str:
+        """Adds a node of the standard's and returns its output, named as the node if it needs no other name."""
+        return self._add(kind, inputs, self.name(name), output, "", attributes)
+
+    def engine(self, kind: str, *inputs: str, name: str, output: str = "", **attributes: Any) -> str:
+        """The same with a node of ONNX Runtime's own."""
+        return self._add(kind, inputs, self.name(name), output, ENGINE, attributes)
+
+    def _add(
+        self, kind: str, inputs: Sequence[str], name: str, output: str, domain: str, attributes: dict[str, Any]
+    ) -> str:
+        output = output or name
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=name, domain=domain, **attributes))
+        return output
+
+
+def node_of(graph: onnx.GraphProto, output: str) -> onnx.NodeProto:
+    """The node that makes a tensor."""
+    return next(node for node in graph.node if output in node.output)
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """An attribute that the node has."""
+    return helper.get_node_attr_value(node, name)
+
+
+def replace(model: onnx.ModelProto, old: Iterable[onnx.NodeProto], new: Nodes) -> None:
+    """Puts new nodes in the place of the last of those that go."""
+    graph, old = model.graph, list(old)
+    order = list(graph.node)
+    place = max(order.index(node) for node in old)
+    for offset, node in enumerate(new.nodes):
+        graph.node.insert(place + offset + 1, node)
+    for node in old:
+        graph.node.remove(node)
+    graph.initializer.extend(new.constants)
+    if any(node.domain == ENGINE for node in new.nodes) and not any(o.domain == ENGINE for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(ENGINE, 1))
