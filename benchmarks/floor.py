@@ -24,8 +24,8 @@ __all__ = ["Demand", "demands", "encoder_demand", "floor_ms", "step_demand"]
 
 FLOAT = 4  # bytes
 HALF = 2
-PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulInteger")
-INTEGER_PRODUCTS = ("MatMulNBits", "MatMulInteger")
+INTEGER_PRODUCTS = ("MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat")
+PRODUCTS = ("MatMul", "Gemm", *INTEGER_PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def step_demand(
     model = _load(graph)
     rank = rank or int(_shapes(model)["lora_cv_b0"][-2])
     audio, width, layers = dims.audio_positions, dims.d_model, dims.decoder_layers
-    shared = 2 * audio * width  # cross keys and values
-    row = audio * rank + 2 * past * width  # low-rank values, own keys and values
-    attention = 4 * audio * width + 2 * audio * rank * dims.decoder_heads + 4 * past * width
-    item = _item(model, "past_k0")
-    fed = Demand(item * layers * batch * (shared + rows * row), layers * batch * rows * attention, 0)
+    heard = layers * batch * (2 * audio * width + rows * audio * rank)  # cross keys, values, low-rank values
+    cached = layers * batch * rows * 2 * past * width
+    cross = layers * batch * rows * (4 * audio * width + 2 * audio * rank * dims.decoder_heads)
+    item, cross_item = _item(model, "past_k0"), _item(model, "cross_k0")
+    fed = Demand(cross_item * heard + item * cached, 2 * cached, 0) + _of_type(cross_item, cross)
     adapters = layers * rows * rank * width * 7  # sq, sv and cq have A and B; of cv the decoder reads B alone
     return fed + Demand(item * adapters, 2 * adapters * batch, 0) + _weights(model, batch * rows)
 
@@ -91,9 +91,14 @@ def encoder_demand(graph: Path, dims: Dimensions) -> Demand:
             positions //= next((item.ints[0] for item in node.attribute if item.name == "strides"), 1)
             convolutions += 2 * positions * math.prod(shapes[node.input[1]])
     attention = 4 * dims.encoder_layers * dims.audio_positions**2 * dims.d_model
-    read = FLOAT * dims.mels * dims.frames + item * adapters
-    operations = convolutions + attention + 2 * adapters * dims.audio_positions
-    return Demand(read, operations, 0) + _weights(model, dims.audio_positions)
+    read = Demand(FLOAT * dims.mels * dims.frames + item * adapters, convolutions, 0)
+    of_audio = _of_type(_item(model, "cross_k0"), attention + 2 * adapters * dims.audio_positions)
+    return read + of_audio + _weights(model, dims.audio_positions)
+
+
+def _of_type(item: int, operations: int) -> Demand:
+    """Operations on numbers of so many bytes: with one byte they are those of integers."""
+    return Demand(0, 0, operations) if item == 1 else Demand(0, operations, 0)
 
 
 def _load(graph: Path) -> Any:
@@ -124,7 +129,7 @@ def _weights(model: Any, vectors: int) -> Demand:
 def _products(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Any, int]]:
     """Products with an operand in `shapes`: (node, that operand's elements)."""
     for node in model.graph.node:
-        name = next((name for name in node.input if name in shapes), None)
+        name = next((name for name in node.input if len(shapes.get(name, ())) > 1), None)
         if node.op_type in PRODUCTS and name is not None:
             sizes = {item.name: item.i for item in node.attribute if item.name in ("K", "N")}
             packed = node.op_type == "MatMulNBits"
@@ -141,11 +146,12 @@ def _inputs(model: Any) -> set[str]:
 
 
 def _item(model: Any, name: str) -> int:
-    """Bytes of a number of a graph's input; bfloat16 is none of numpy's types."""
+    """Bytes of a number of a graph's input or output; bfloat16 is none of numpy's types."""
     from onnx import TensorProto
 
-    (kind,) = (item.type.tensor_type.elem_type for item in model.graph.input if item.name == name)
-    return FLOAT if kind == TensorProto.FLOAT else HALF
+    values = (*model.graph.input, *model.graph.output)
+    (kind,) = (value.type.tensor_type.elem_type for value in values if value.name == name)
+    return {TensorProto.FLOAT: FLOAT, TensorProto.UINT8: 1}.get(kind, HALF)
 
 
 def _bytes(item: Any) -> int:

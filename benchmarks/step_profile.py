@@ -27,7 +27,7 @@ from das_asr.runtime.errors import OptionError
 __all__ = ["PARTS", "ProfileOptions", "measure_profiles", "part_of", "probe_profile", "render_profiles"]
 
 PARTS = (
-    ("LoRA", r"/lora_|lora_context|/u$"),
+    ("LoRA", r"/lora_|lora_context|/low|/u(/|$)"),
     ("output layer", r"lm_head"),
     ("selection", r"^selection/"),
     ("self-attention", r"/self_attn/"),
@@ -161,6 +161,7 @@ def _runs(path: Path) -> Iterator[_Run]:
     """The runs in the engine's trace, in order of time."""
     events = json.loads(path.read_text(encoding="utf-8"))
     kernels = [event for event in events if event.get("name", "").endswith("_kernel_time")]
+    kernels = [event for event in kernels if event["args"]["op_name"] != "Scan"]  # the nodes of a loop count themselves
     kernels.sort(key=lambda event: event["ts"])
     place = 0
     for run in sorted((event for event in events if event.get("name") == "model_run"), key=lambda event: event["ts"]):

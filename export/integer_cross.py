@@ -29,6 +29,7 @@ _MIDDLE = 128  # zero point of the keys
 def round_cross_tensors(model: onnx.ModelProto, dims: Dimensions) -> None:
     """Makes an encoder's outputs those of `contract.integer_cross_specs`."""
     for layer in range(dims.decoder_layers):
+        _use_integer_adapter(model, layer)
         values = node_of(model.graph, f"cross_v{layer}")
         assert attribute(values, "perm") == [0, 2, 3, 1]
         del values.attribute[:]
@@ -37,6 +38,23 @@ def round_cross_tensors(model: onnx.ModelProto, dims: Dimensions) -> None:
             _round_output(model, f"cross_{kind}{layer}", f"cross_{kind}_scale{layer}", middle, type_)
     del model.graph.output[:]
     model.graph.output.extend(value_info(spec, "") for spec in integer_cross_specs(dims))
+
+
+def _use_integer_adapter(model: onnx.ModelProto, layer: int) -> None:
+    """Low-rank values U_i = X A_i: an adapter is rounded when it is used, each of its columns with a scale."""
+    product = node_of(model.graph, f"cross_u{layer}")
+    hidden, adapter = node_of(model.graph, product.input[0]).input[0], product.input[1]  # X before its rows' axis
+    x = next(node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear" and node.input[0] == hidden)
+    n = Nodes(product.name)
+    axis = n.constant("inputs", [-2])
+    largest = n.op("ReduceMax", n.op("Abs", adapter, name="a_abs"), axis, name="a_largest", keepdims=1)
+    step, zero = n.constant("step", 1 / 127, np.float32), n.constant("zero", 0, np.int8)
+    a_8 = n.op("QuantizeLinear", n.op("Div", adapter, largest, name="a_relative"), step, zero, name="a_8")
+    scales = n.op("Mul", largest, step, name="a_scales")  # [G, R, 1, r]
+    x_8 = n.op("Unsqueeze", x.output[0], n.constant("rows", [1]), name="x_8")
+    scale, middle = x.output[1:]
+    n.engine("MatMulIntegerToFloat", x_8, a_8, scale, scales, middle, name="product", output=product.output[0])
+    replace(model, [product], n)
 
 
 def _round_output(model: onnx.ModelProto, output: str, scale_name: str, middle: int, dtype: type) -> None:
@@ -78,18 +96,17 @@ def use_integer_cross(model: onnx.ModelProto, dims: Dimensions) -> None:
 def _scores(model: onnx.ModelProto, path: str, layer: int) -> None:
     """Keys times queries, [B, H, S, R*n]: each row's query of a head has a scale of its own."""
     n = Nodes(f"{path}/scores_8")
-    last, one = n.constant("last", [-1]), n.constant("one", 1, np.float32)
+    last = n.constant("last", [-1])
     queries = f"{path}/q_split"  # [B, R*n, H, d]
     largest = n.op("ReduceMax", n.op("Abs", queries, name="abs"), last, name="largest", keepdims=1)
-    scale = n.op("Mul", largest, n.constant("to_signed", 1 / 127, np.float32), name="q_scale")
-    scaled = n.op("Div", queries, scale, name="q_scaled")
-    rounded = n.op("QuantizeLinear", scaled, one, n.constant("zero", 0, np.int8), name="q_8")
+    step, zero = n.constant("step", 1 / 127, np.float32), n.constant("zero", 0, np.int8)
+    rounded = n.op("QuantizeLinear", n.op("Div", queries, largest, name="relative"), step, zero, name="q_8")
     columns = n.op("Transpose", rounded, name="q_t", perm=[0, 2, 3, 1])  # [B, H, d, R*n]
-    scale = n.op("Transpose", scale, name="q_scale_t", perm=[0, 2, 3, 1])  # [B, H, 1, R*n]
+    scale = n.op("Transpose", largest, name="largest_t", perm=[0, 2, 3, 1])  # [B, H, 1, R*n]
     scale = n.op("Mul", scale, f"cross_k_scale{layer}", name="scale")
     old = [node_of(model.graph, f"{path}/{name}") for name in ("q_t", "scores_t")]
     keys, middle = f"cross_k{layer}", n.constant("middle", _MIDDLE, np.uint8)
-    n.engine("MatMulIntegerToFloat", keys, columns, one, scale, middle, name="product", output=old[-1].output[0])
+    n.engine("MatMulIntegerToFloat", keys, columns, step, scale, middle, name="product", output=old[-1].output[0])
     replace(model, old, n)
 
 

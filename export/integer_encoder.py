@@ -139,8 +139,10 @@ def _utterance(prefix: str, attention: onnx.NodeProto) -> onnx.GraphProto:
     n = Nodes(prefix)
     split = n.constant("split", [0, attribute(attention, "q_num_heads"), -1])
     heads = [n.op("Reshape", n.name(kind), split, name=f"{kind}_heads") for kind in ("q", "k", "v")]  # [S, H, d]
-    body, axes = _head(n.name("head")), {"scan_input_axes": [1, 1, 1], "scan_output_axes": [1]}
-    context = n.op("Scan", *heads, name="heads", body=body, num_scan_inputs=3, **axes)
+    body, axes = _head(n.name("head")), [1, 1, 1]
+    context = n.op(
+        "Scan", *heads, name="heads", body=body, num_scan_inputs=3, scan_input_axes=axes, scan_output_axes=axes[:1]
+    )
     n.op("Reshape", context, n.constant("merge", [0, -1]), name="merged")
     return _body(n)
 

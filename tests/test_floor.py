@@ -11,12 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from das_asr.benchmarks.cli import main
-from das_asr.benchmarks.floor import demands, floor_ms, step_demand
+from das_asr.benchmarks.floor import demands, encoder_demand, floor_ms, step_demand
 from das_asr.benchmarks.floor_report import floor_section
 from das_asr.benchmarks.rates import Rates, measure_rates
 from das_asr.benchmarks.step_profile import part_of
 from das_asr.export.checkpoint import load_checkpoint
 from das_asr.export.half import write_half
+from das_asr.export.precision import write_variant
 from das_asr.runtime.contract import TensorSpec, cross_specs, lora_specs
 from das_asr.runtime.manifest import Dimensions, read_manifest
 from tests.bundles import make_bundle, small_graphs
@@ -85,6 +86,25 @@ def test_halves_are_half_the_bytes(tmp_path: Path) -> None:
     assert half.fp32 == wide.fp32
 
 
+def test_integers_are_a_byte_and_counted_apart(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    dims = load_checkpoint(base).dimensions
+    folder = make_bundle(base, {}, tmp_path / "bundle")
+    write_variant(folder, "int8", dims)
+    wide, rounded = (step_demand(folder / name / "decoder.onnx", dims, 3, PAST, rank=4) for name in (".", "int8"))
+    assert rounded.fp32 + rounded.int8 == wide.fp32
+    adapters = _adapters(dims, 3, 4)
+    own = dims.decoder_layers * 3 * 4 * PAST * dims.d_model
+    assert rounded.fp32 == 2 * adapters + own
+    saved = wide.bytes - rounded.bytes
+    heard = dims.decoder_layers * dims.audio_positions * (2 * dims.d_model + 3 * 4)
+    read, _ = _decoder_weights(base)
+    assert 3 * heard < saved < 3 * (heard + read)
+    wide, rounded = (encoder_demand(folder / name / "encoder.onnx", dims) for name in (".", "int8"))
+    assert rounded.fp32 + rounded.int8 == wide.fp32
+    assert rounded.fp32 == 2 * dims.frames * 3 * dims.mels * dims.d_model  # the first convolution
+
+
 def test_the_encoder_multiplies_every_position(demo_base: Path, demo_bundle: Path) -> None:
     from transformers import WhisperForConditionalGeneration
 
@@ -136,6 +156,9 @@ def test_this_machine_has_rates() -> None:
     [
         ("decoder/layers.0/lora_sq/down", "LoRA"),
         ("decoder/lm_head", "output layer"),
+        ("decoder/layers.0/encoder_attn/context_8/low_8", "LoRA"),
+        ("cross.0/u/product", "LoRA"),
+        ("encoder/layers.0/self_attn/attention/utterance/head/scores", "self-attention"),
         ("decoder/layers.3/self_attn/scores", "self-attention"),
         ("decoder/layers.3/encoder_attn/q_proj/MatMul", "cross-attention"),
         ("decoder/layers.3/fc1/MatMul", "feed-forward"),

@@ -103,7 +103,7 @@ class OnnxRuntimeBackend:
         binding = Binding(self._encoder, *HOST)
         binding.feed("features", features)
         binding.connect_all(stack.tensors, [spec.name for spec in encoder_inputs(self._dims)])
-        tensors, _ = binding.run(self._cross, ())
+        tensors, _ = binding.run(list(self._cross), ())
         return Encoded(features.shape[0], dict(zip(self._cross, tensors, strict=True)))
 
     def _check_frames(self, frames: int) -> None:
