@@ -21,11 +21,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from das_asr.export.integer_cross import round_cross_tensors
-from das_asr.export.rewriting import ENGINE, Nodes, attribute, replace
+from das_asr.export.rewriting import ENGINE, Nodes, attribute, products_of_inputs, replace, save_variant
 from das_asr.runtime.contract import ALONE
 from das_asr.runtime.manifest import Dimensions
 
-__all__ = ["products_of_inputs", "save_variant", "use_integer_attention", "write_integer_encoder"]
+__all__ = ["use_integer_attention", "write_integer_encoder"]
 
 
 def write_integer_encoder(source: Path, target: Path, dims: Dimensions) -> None:
@@ -54,32 +54,6 @@ def write_integer_encoder(source: Path, target: Path, dims: Dimensions) -> None:
     round_cross_tensors(model, dims)
     original.metadata_props.add(key=ALONE, value="activations are rounded over the whole batch")
     save_variant(model, original, target)
-
-
-def products_of_inputs(model: onnx.ModelProto) -> list[str]:
-    """Names of the products whose right side can be fed: adapters have defaults, but are no constants."""
-    fed = {value.name for value in model.graph.input}
-    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in fed]
-
-
-def save_variant(model: onnx.ModelProto, original: onnx.ModelProto, target: Path) -> None:
-    """Writes the model beside its weights, with the properties and the order of inputs of the original."""
-    del model.metadata_props[:]
-    model.metadata_props.extend(original.metadata_props)
-    model.producer_name = original.producer_name
-    del model.graph.input[:]
-    model.graph.input.extend(original.graph.input)
-    used = {name for node in model.graph.node for name in node.input}
-    for item in [item for item in model.graph.initializer if item.name not in used]:
-        model.graph.initializer.remove(item)
-    onnx.save(
-        model,
-        target,
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{target.name}.data",
-        size_threshold=1024,
-    )
 
 
 # --- Convolution ---

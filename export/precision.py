@@ -23,8 +23,8 @@ from onnx import numpy_helper
 
 from das_asr.export.block_products import SMALLEST_BLOCK, embed_from_blocks, largest_block, round_in_blocks
 from das_asr.export.integer_cross import declare_integer_cross, use_integer_cross
-from das_asr.export.integer_encoder import products_of_inputs, save_variant, write_integer_encoder
-from das_asr.export.rewriting import node_of
+from das_asr.export.integer_encoder import write_integer_encoder
+from das_asr.export.rewriting import node_of, products_of_inputs, save_variant
 from das_asr.export.row_products import embed_from_outputs, round_by_row
 from das_asr.runtime.contract import DECODER_FILE, ENCODER_FILE
 from das_asr.runtime.errors import ExportError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["ENGINE", "Nodes", "attribute", "node_of", "replace"]
+__all__ = ["ENGINE", "Nodes", "attribute", "node_of", "products_of_inputs", "replace", "save_variant"]
 
 ENGINE = "com.microsoft"
 """Domain of the operators that ONNX Runtime adds to the standard's."""
@@ -72,3 +73,29 @@ def replace(model: onnx.ModelProto, old: Iterable[onnx.NodeProto], new: Nodes) -
     graph.initializer.extend(new.constants)
     if any(node.domain == ENGINE for node in new.nodes) and not any(o.domain == ENGINE for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(ENGINE, 1))
+
+
+def products_of_inputs(model: onnx.ModelProto) -> list[str]:
+    """Names of the products whose right side can be fed: adapters have defaults, but are no constants."""
+    fed = {value.name for value in model.graph.input}
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in fed]
+
+
+def save_variant(model: onnx.ModelProto, original: onnx.ModelProto, target: Path) -> None:
+    """Writes the model beside its weights, with the properties and the order of inputs of the original."""
+    del model.metadata_props[:]
+    model.metadata_props.extend(original.metadata_props)
+    model.producer_name = original.producer_name
+    del model.graph.input[:]
+    model.graph.input.extend(original.graph.input)
+    used = {name for node in model.graph.node for name in node.input}
+    for item in [item for item in model.graph.initializer if item.name not in used]:
+        model.graph.initializer.remove(item)
+    onnx.save(
+        model,
+        target,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=f"{target.name}.data",
+        size_threshold=1024,
+    )

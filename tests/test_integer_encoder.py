@@ -80,16 +80,9 @@ def test_the_whole_encoder_stays_close(bundle: Path, part: float) -> None:
     exact, rounded = (onnxruntime.InferenceSession(bundle / folder / "encoder.onnx") for folder in (".", "int8"))
     features = np.random.default_rng(2).standard_normal((1, 80, int(800 * part)), np.float32)
     dims = read_manifest(bundle).dimensions
-    wanted, found = (
-        dict(
-            zip(
-                [output.name for output in session.get_outputs()],
-                session.run(None, {"features": features}),
-                strict=True,
-            )
-        )
-        for session in (exact, rounded)
-    )
+    names = [[output.name for output in session.get_outputs()] for session in (exact, rounded)]
+    wanted = dict(zip(names[0], exact.run(None, {"features": features}), strict=True))
+    found = dict(zip(names[1], rounded.run(None, {"features": features}), strict=True))
     assert found.keys() == {spec.name for spec in integer_cross_specs(dims)}
     for name, tensor in wanted.items():
         middle = 128 if name.startswith("cross_k") else 0

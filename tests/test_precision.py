@@ -108,7 +108,7 @@ def test_many_rows_have_products_of_whole_rows(crowd: Path, demo_audio: list[tup
         few = rounded.transcribe(clips[0], adapters=("music-1",))
         together = rounded.transcribe_batch(clips)
     rows = [(a, b) for one, other in zip(wanted, alone, strict=True) for a, b in rows_of(one, other)]
-    assert sum(a.text == b.text for a, b in rows) > 0.9 * len(rows)
+    assert sum(a.text == b.text for a, b in rows) > 0.8 * len(rows)
     # What a row writes does not depend on the others, nor on the other utterances.
     assert few.hypotheses[1].tokens == alone[0].hypotheses[4].tokens
     assert few.hypotheses[1].score == pytest.approx(alone[0].hypotheses[4].score, abs=1e-4)
