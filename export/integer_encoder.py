@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from das_asr.export.integer_cross import round_cross_tensors
-from das_asr.export.rewriting import ENGINE, Nodes, attribute, products_of_inputs, replace, save_variant
+from das_asr.export.rewriting import Nodes, attribute, declare_engine, products_of_inputs, replace, save_variant
 from das_asr.runtime.contract import ALONE
 from das_asr.runtime.manifest import Dimensions
 
@@ -104,8 +104,7 @@ def use_integer_attention(model: onnx.ModelProto) -> None:
         body = _utterance(n.name("utterance"), node)
         n.op("Scan", *node.input[:3], name="utterances", output=node.output[0], body=body, num_scan_inputs=3)
         replace(model, [node], n)
-    if not any(item.domain == ENGINE for item in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(ENGINE, 1))
+    declare_engine(model)  # inside the loops
 
 
 def _utterance(prefix: str, attention: onnx.NodeProto) -> onnx.GraphProto:

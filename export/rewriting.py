@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["ENGINE", "Nodes", "attribute", "node_of", "products_of_inputs", "replace", "save_variant"]
+__all__ = ["ENGINE", "Nodes", "attribute", "declare_engine", "node_of", "products_of_inputs", "replace", "save_variant"]
 
 ENGINE = "com.microsoft"
 """Domain of the operators that ONNX Runtime adds to the standard's."""
@@ -71,7 +71,13 @@ def replace(model: onnx.ModelProto, old: Iterable[onnx.NodeProto], new: Nodes) -
     for node in old:
         graph.node.remove(node)
     graph.initializer.extend(new.constants)
-    if any(node.domain == ENGINE for node in new.nodes) and not any(o.domain == ENGINE for o in model.opset_import):
+    if any(node.domain == ENGINE for node in new.nodes):
+        declare_engine(model)
+
+
+def declare_engine(model: onnx.ModelProto) -> None:
+    """Says that the model uses ONNX Runtime's own operators."""
+    if not any(item.domain == ENGINE for item in model.opset_import):
         model.opset_import.append(helper.make_opsetid(ENGINE, 1))
 
 
