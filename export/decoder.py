@@ -154,8 +154,10 @@ def _shared_shapes(
     new = g.op("Shape", inputs["ids"], name="new_dim", start=2, end=3)
     lead = g.op("Shape", inputs["ids"], name="lead_dims", start=0, end=2)
     # Were the columns left to be inferred, TensorRT would reserve memory for those of all utterances in each of them.
-    batch, rows = (g.op("Shape", inputs["ids"], name=f"{name}_dim", start=axis, end=axis + 1)
-                   for axis, name in enumerate(("batch", "rows")))
+    batch, rows = (
+        g.op("Shape", inputs["ids"], name=f"{name}_dim", start=axis, end=axis + 1)
+        for axis, name in enumerate(("batch", "rows"))
+    )
     columns = g.op("Mul", rows, new, name="columns_dim")
     as_columns = (batch, columns, g.constant("head_sizes", [dims.decoder_heads, dims.head_size]))
     by_row = (lead, g.constant("rest_and_audio", [-1, 0]))  # 0: as it is

@@ -81,7 +81,6 @@ def longest_run(dims: Dimensions) -> int:
     return min(dims.text_positions, _LONGEST_RUN)
 
 
-
 @dataclass(frozen=True)
 class TensorSpec:
     """One graph input or output: its name, dtype and shape, with symbolic dimensions as strings."""

@@ -35,7 +35,7 @@ from das_asr.runtime.manifest import read_manifest
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.tokenizer import Tokenizer
 from tests.bundles import make_bundle, texts
-from tests.rules import CHOICES
+from tests.rules import CHOICES, LONG_PROMPT
 
 Clips = list[tuple[Path, str, str]]
 OPTIONS = BackendOptions(threads=1)
@@ -51,9 +51,6 @@ class Surest:
         assert step.logits is not None
         return step.logits.max(axis=2).argmax(axis=1)
 
-
-LONG_PROMPT = "play some music and tell me about the weather in the town where the game is on tonight " * 3
-"""More tokens than one run takes."""
 
 CALLS = [
     *CHOICES,

@@ -47,7 +47,10 @@ def decoder_profiles(inputs: Iterable[TensorSpec], manifest: Manifest, limits: E
 
 
 def _sizes(manifest: Manifest, limits: EngineLimits) -> dict[str, tuple[int, int, int]]:
-    """Every symbolic dimension; the usual utterance comes alone, with the bundle's own adapters."""
+    """Every symbolic dimension; the usual utterance comes alone, with the bundle's own adapters.
+
+    One stack of adapters per run, see `StaticBackend.mixes`: where there might be more, TensorRT fuses less.
+    """
     rows = (1, min(manifest.rows, limits.max_rows), limits.max_rows)
     rank = max((entry.rank for entry in manifest.adapters), default=1)
     dims = manifest.dimensions
@@ -55,7 +58,7 @@ def _sizes(manifest: Manifest, limits: EngineLimits) -> dict[str, tuple[int, int
         "frames": (2, dims.frames, dims.frames),
         "audio": (1, dims.audio_positions, dims.audio_positions),
         "batch": (1, 1, limits.max_batch),
-        "groups": (1, 1, limits.max_batch),
+        "groups": (1, 1, 1),
         "rows": rows,
         "lanes": (1, rows[1], limits.max_batch * limits.max_rows),
         "rank": (1, min(rank, limits.max_rank), limits.max_rank),
