@@ -243,7 +243,8 @@ def _tests(select: str) -> dict[str, Any]:
     if not (root / "tests" / "test_gpu.py").is_file():
         raise DasError(f"{root} has no tests/test_gpu.py. Run this in a checkout.")
     chosen = ["-k", select] if select else []
-    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    marked = (file for file in sorted(root.glob("tests/test_*.py")) if "pytest.mark.gpu" in file.read_text("utf-8"))
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", *(str(file.relative_to(root)) for file in marked)]
     done = run_child([sys.executable, "-m", "pytest", *options, *chosen], cwd=root)
     return {"status": done.returncode, "output": (done.stdout + done.stderr)[-_KEPT_OUTPUT:]}
 

@@ -61,6 +61,7 @@ class _Shared:
     dims: Dimensions
     inputs: dict[str, Value]
     hidden_shape: Value  # int64 [4]: B, R, n, D
+    columns_shape: Value  # int64 [4]: B, R*n, H, d
     by_row_shape: Value  # int64 [4]: B, R, n*H, S
     by_head_shape: Value  # int64 [5]: B, R, n, H, r
 
@@ -152,6 +153,13 @@ def _shared_shapes(
     """The dynamic shapes that every layer reshapes to, computed once per run."""
     new = g.op("Shape", inputs["ids"], name="new_dim", start=2, end=3)
     lead = g.op("Shape", inputs["ids"], name="lead_dims", start=0, end=2)
+    # Were the columns left to be inferred, TensorRT would reserve memory for those of all utterances in each of them.
+    batch, rows = (
+        g.op("Shape", inputs["ids"], name=f"{name}_dim", start=axis, end=axis + 1)
+        for axis, name in enumerate(("batch", "rows"))
+    )
+    columns = g.op("Mul", rows, new, name="columns_dim")
+    as_columns = (batch, columns, g.constant("head_sizes", [dims.decoder_heads, dims.head_size]))
     by_row = (lead, g.constant("rest_and_audio", [-1, 0]))  # 0: as it is
     by_head = (lead, new, g.constant("heads_and_rest", [dims.decoder_heads, -1]))
     return _Shared(
@@ -160,6 +168,7 @@ def _shared_shapes(
         dims,
         inputs,
         hidden_shape=g.op("Shape", x, name="hidden_shape"),
+        columns_shape=g.op("Concat", *as_columns, name="columns_shape", axis=0),
         by_row_shape=g.op("Concat", *by_row, name="by_row_shape", axis=0),
         by_head_shape=g.op("Concat", *by_head, name="by_head_shape", axis=0),
     )
@@ -200,10 +209,8 @@ def _cross_attention(s: _Shared, layer: int, x: Value) -> Value:
     """
     g, path = s.g, f"model.decoder.layers.{layer}.encoder_attn"
     q = g.op("Add", linear(g, s.source, f"{path}.q_proj", x), s.lora("cq", layer, x), name="q")
-    columns = g.constant("rows_to_columns", [0, -1, s.dims.decoder_heads, s.dims.head_size])
-    q_t = g.op(
-        "Transpose", g.op("Reshape", q, columns, name="q_split"), name="q_t", perm=[0, 2, 3, 1]
-    )  # [B, H, d, R*n]
+    q_columns = g.op("Reshape", q, s.columns_shape, name="q_split")
+    q_t = g.op("Transpose", q_columns, name="q_t", perm=[0, 2, 3, 1])  # [B, H, d, R*n]
     scores_t = g.op("MatMul", s.inputs[f"cross_k{layer}"], q_t, name="scores_t")  # [B, H, S, R*n]
     scores = g.op("Transpose", scores_t, name="scores", perm=[0, 3, 1, 2])  # [B, R*n, H, S]
     # This reshape keeps ONNX Runtime from moving the transpose behind the softmax, whose axis would then be strided.

@@ -36,13 +36,14 @@ from das_asr.runtime.backends.engine_files import (
     engine_name,
     read_record,
 )
-from das_asr.runtime.backends.engine_profiles import Profile, decoder_profiles, encoder_profiles, longest_prompt
+from das_asr.runtime.backends.engine_profiles import Profile, decoder_profiles, encoder_profiles
 from das_asr.runtime.backends.tensorrt_library import Library, load_library
 from das_asr.runtime.contract import (
     DECODER_FILE,
     DECODER_STATIC_FILE,
     ENCODER_FILE,
     encoder_inputs,
+    longest_run,
     static_decoder_inputs,
 )
 from das_asr.runtime.errors import BackendError, BundleError, ExportError, OptionError
@@ -201,7 +202,7 @@ def _record(manifest: Manifest, library: Library, target: str, options: EngineOp
         target=target,
         precision=options.precision,
         limits=options.limits,
-        longest_prompt=longest_prompt(manifest.dimensions),
+        longest_run=longest_run(manifest.dimensions),
         workspace=options.workspace or 0,
         sources={file: manifest.files[file] for file in read},
     )

@@ -70,10 +70,12 @@ def build_encoder(g: GraphBuilder, source: WeightSource, dims: Dimensions, stack
             with g.scope(f"layers.{layer}"):
                 x = _encoder_layer(g, source, dims, f"model.encoder.layers.{layer}", x)
         x = layer_norm(g, source, "model.encoder.layer_norm", x)
-    cross = {}
+    cross: dict[str, Value] = {}
+    shapes = _low_rank_shapes(g, x, lora[0])
     for layer in range(dims.decoder_layers):
         with g.scope(f"cross.{layer}"):
-            cross.update(_cross_tensors(g, source, dims, layer, x, lora[layer]))
+            cross |= _keys_and_values(g, source, dims, layer, x)
+            cross[f"cross_u{layer}"] = _low_rank(g, x, lora[layer], shapes)
     for spec in encoder_outputs(dims):
         g.output(spec, cross[spec.name])
 
@@ -109,19 +111,38 @@ def _encoder_layer(g: GraphBuilder, source: WeightSource, dims: Dimensions, path
     return feed_forward(g, source, path, x)
 
 
-def _cross_tensors(
-    g: GraphBuilder, source: WeightSource, dims: Dimensions, layer: int, x: Value, lora_a: Value
-) -> dict[str, Value]:
-    """Keys [B, H, S, d], transposed values [B, H, d, S] and low-rank values U_i = X A_i [B, R, S, r] of one layer.
-
-    Row i's values are V0 + U_i B_i, and attention weights are applied before B_i, so nothing of size D is kept per row.
-    """
+def _keys_and_values(g: GraphBuilder, source: WeightSource, dims: Dimensions, layer: int, x: Value) -> dict[str, Value]:
+    """Keys [B, H, S, d] and transposed base values [B, H, d, S] of one decoder layer."""
     path = f"model.decoder.layers.{layer}.encoder_attn"
     split = g.constant("split_heads", [0, 0, dims.decoder_heads, dims.head_size])
     k = linear(g, source, f"{path}.k_proj", x, bias=False, scale=dims.head_size**-0.5)
     v = linear(g, source, f"{path}.v_proj", x)
     k = g.op("Transpose", g.op("Reshape", k, split, name="k_heads"), name="k", perm=[0, 2, 1, 3])
     v = g.op("Transpose", g.op("Reshape", v, split, name="v_heads"), name="v", perm=[0, 2, 3, 1])
-    shared = g.op("Unsqueeze", x, g.constant("axis_1", [1]), name="x_rows")  # [B, 1, S, D]
-    u = g.op("MatMul", shared, lora_a, name="u")
-    return {f"cross_k{layer}": k, f"cross_v{layer}": v, f"cross_u{layer}": u}
+    return {f"cross_k{layer}": k, f"cross_v{layer}": v}
+
+
+def _low_rank_shapes(g: GraphBuilder, x: Value, lora_a: Value) -> tuple[Value, Value]:
+    """What `_low_rank` reshapes to, the same in all layers: G, D, R*r and B, S, R, r."""
+    batch_and_audio = g.op("Shape", x, name="batch_and_audio", start=0, end=2)
+    groups, rows, width, rank = (
+        g.op("Shape", lora_a, name=f"lora_{name}", start=axis, end=axis + 1)
+        for axis, name in enumerate(("groups", "rows", "width", "rank"))
+    )
+    columns = g.op("Mul", rows, rank, name="lora_columns")
+    return (
+        g.op("Concat", groups, width, columns, name="a_shape", axis=0),
+        g.op("Concat", batch_and_audio, rows, rank, name="u_shape", axis=0),
+    )
+
+
+def _low_rank(g: GraphBuilder, x: Value, lora_a: Value, shapes: tuple[Value, Value]) -> Value:
+    """Low-rank values U_i = X A_i of every row, [B, R, S, r], in one product [B, S, D] @ [G, D, R*r].
+
+    Row i's values are V0 + U_i B_i, and attention weights are applied before B_i, so nothing of size D is kept per row.
+    A product that is broadcast over the rows would be simpler, but TensorRT then copies X for each of them.
+    """
+    a_shape, u_shape = shapes
+    a = g.op("Reshape", g.op("Transpose", lora_a, name="a_split", perm=[0, 2, 1, 3]), a_shape, name="a")
+    u = g.op("Reshape", g.op("MatMul", x, a, name="u"), u_shape, name="u_split")
+    return g.op("Transpose", u, name="u_by_row", perm=[0, 2, 1, 3])

@@ -41,6 +41,7 @@ __all__ = [
     "encoder_inputs",
     "encoder_outputs",
     "integer_cross_specs",
+    "longest_run",
     "lora_specs",
     "static_decoder_inputs",
     "static_decoder_outputs",
@@ -68,6 +69,17 @@ ALONE = "das.alone"
 
 SUPPRESSED = -1e30
 """Logit bias of a token that must not be written: its probability is exactly 0, and 0 * SUPPRESSED is not NaN."""
+
+_LONGEST_RUN = 32  # a prompt without previous text has 4 tokens
+
+
+def longest_run(dims: Dimensions) -> int:
+    """Most new tokens of one run with the static cache; a longer prompt is fed in several.
+
+    The memory of a run grows with its tokens: cross-attention weights of every row and token over the whole audio. What
+    is reserved for the longest run, an engine takes for good.
+    """
+    return min(dims.text_positions, _LONGEST_RUN)
 
 
 @dataclass(frozen=True)

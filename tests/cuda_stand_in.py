@@ -1,7 +1,8 @@
 """The CUDA runtime as `cuda_memory.py` calls it, in host memory: same names, same results, and stricter.
 
 It knows every allocation, so that nothing is used after it was freed or never freed; a thread must have chosen its
-device; and what is queued while a stream is captured is kept instead of done.
+device; what is queued while a stream is captured is kept instead of done; and while somebody else records in the
+strictest mode, threads that have not chosen another one may neither allocate nor free nor wait.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from cuda.bindings import runtime as real
 
 OK = real.cudaError_t.cudaSuccess
+MODES = real.cudaStreamCaptureMode
 NO_MEMORY = real.cudaError_t.cudaErrorMemoryAllocation
 
 
@@ -27,6 +29,7 @@ class StandIn:
         self.handles: dict[int, Any] = {}  # streams, events and graphs
         self.capturing: list[Callable[[], None]] | None = None
         self.launches = 0
+        self.recorded_elsewhere = False  # as ONNX Runtime records
         self._devices = threading.local()
         self._next = 1000
 
@@ -43,6 +46,11 @@ class StandIn:
             work()
         else:
             self.capturing.append(work)
+
+    def _unsafe(self) -> None:
+        assert self.capturing is None
+        mode = getattr(self._devices, "mode", MODES.cudaStreamCaptureModeGlobal)
+        assert not self.recorded_elsewhere or mode != MODES.cudaStreamCaptureModeGlobal, "ruins a recording"
 
     @property
     def used(self) -> int:
@@ -63,6 +71,11 @@ class StandIn:
         self._devices.current = device
         return (OK,)
 
+    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> tuple[Any, Any]:  # noqa: N802
+        previous = getattr(self._devices, "mode", MODES.cudaStreamCaptureModeGlobal)
+        self._devices.mode = mode
+        return OK, previous
+
     def cudaMemGetInfo(self) -> tuple[Any, int, int]:  # noqa: N802
         return OK, self.size - self.used, self.size
 
@@ -78,20 +91,22 @@ class StandIn:
     # --- Memory ---
 
     def cudaMalloc(self, size: int) -> tuple[Any, int | None]:  # noqa: N802
-        assert self.capturing is None
+        self._unsafe()
         if self.used + size > self.size:
             return NO_MEMORY, None
         return OK, self._allocated(self.blocks, size)
 
     def cudaFree(self, address: int) -> tuple[Any]:  # noqa: N802
-        assert self.capturing is None
+        self._unsafe()
         del self.blocks[self._base(self.blocks, address)]
         return (OK,)
 
     def cudaMallocHost(self, size: int) -> tuple[Any, int]:  # noqa: N802
+        self._unsafe()
         return OK, self._allocated(self.pinned, size)
 
     def cudaFreeHost(self, address: int) -> tuple[Any]:  # noqa: N802
+        self._unsafe()
         del self.pinned[self._base(self.pinned, address)]
         return (OK,)
 
@@ -143,16 +158,17 @@ class StandIn:
 
     def cudaEventSynchronize(self, event: int) -> tuple[Any]:  # noqa: N802
         assert self.handles[event] == "event"
-        assert self.capturing is None
+        self._unsafe()
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:  # noqa: N802
         assert self.handles[stream] == "stream"
-        assert self.capturing is None
+        self._unsafe()
         return (OK,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any]:  # noqa: N802
         assert self.capturing is None
+        assert mode == self._devices.mode == MODES.cudaStreamCaptureModeThreadLocal
         self.capturing = []
         return (OK,)
 

@@ -17,6 +17,9 @@ CHOICES: list[dict[str, Any]] = [
 ]
 """Options of requests that differ in rule, adapters and more."""
 
+LONG_PROMPT = "play some music and tell me about the weather in the town where the game is on tonight " * 3
+"""More tokens than one run takes with the static cache."""
+
 
 class Gate:
     """Chooses the most confident row; halts at one of its steps until it is opened."""

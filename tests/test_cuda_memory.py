@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -45,6 +47,28 @@ def test_mailboxes_carry_their_bytes(gpu: StandIn) -> None:
     box.receive(device.part(0, 256))
     box.wait()
     assert (box.outbox == 7).all()
+
+
+def test_others_may_record_meanwhile(gpu: StandIn) -> None:
+    """As ONNX Runtime does, which no thread may disturb that has not said that it is not concerned."""
+    memory = CudaMemory(0)
+
+    def work() -> None:
+        memory.enter()
+        block, box = memory.allocate((256,), "uint8"), memory.mailbox(256, 256)
+        box.send(block)
+        box.wait()
+        memory.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        gpu.recorded_elsewhere = True
+        pool.submit(work).result()
+        last = [pool.submit(memory.allocate, (256,), "uint8").result()]
+        assert gpu.used > 0
+        free = threading.Thread(target=last.clear)  # a thread that never had to do with the device
+        free.start()
+        free.join()
+        assert gpu.used == 0
 
 
 def test_recorded_work_is_repeated(gpu: StandIn) -> None:

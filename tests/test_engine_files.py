@@ -10,6 +10,7 @@ import pytest
 
 from das_asr.export import engine_check
 from das_asr.export.engine_check import check_engine_files, verify_engines
+from das_asr.runtime import contract
 from das_asr.runtime.backends.cuda_device import gpu_target
 from das_asr.runtime.backends.engine_files import (
     DECODER_ENGINE,
@@ -42,7 +43,7 @@ def manifest(bundle: Path) -> Manifest:
     """Names an engine whose files have the right form; that real ones have it is shown in `test_engines.py`."""
     manifest = read_manifest(bundle)
     record = EngineRecord(
-        RECORD_VERSION, "tensorrt-rtx", "1.7.1.116", "sm86", "fp16", EngineLimits(), 36, 0, dict(manifest.files)
+        RECORD_VERSION, "tensorrt-rtx", "1.7.1.116", "sm86", "fp16", EngineLimits(), 32, 0, dict(manifest.files)
     )
     return put(bundle, manifest, {ENGINE_RECORD: json.dumps(dataclasses.asdict(record)).encode()})
 
@@ -99,6 +100,14 @@ def test_an_engine_of_other_graphs_is_refused(bundle: Path, manifest: Manifest) 
     changed = dataclasses.replace(manifest, files={**manifest.files, "decoder_static.onnx": "00"})
     with pytest.raises(BackendError, match=r"other files than the bundle has now \(decoder_static\.onnx\)"):
         check_engine(bundle, changed, NAME, USE)
+
+
+def test_an_engine_for_shorter_runs_is_refused(
+    bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contract, "_LONGEST_RUN", 33)
+    with pytest.raises(BackendError, match=r"up to 32 new tokens in a run, 33 are wanted\. .*das-export engine"):
+        check_engine(bundle, manifest, NAME, USE)
 
 
 def test_a_missing_engine_is_told_with_the_command(bundle: Path, manifest: Manifest) -> None:

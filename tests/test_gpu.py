@@ -31,7 +31,7 @@ from das_asr.runtime.manifest import Manifest, read_manifest, write_manifest
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.scheduler import SchedulerOptions
 from tests.bundles import make_bundle
-from tests.rules import CHOICES
+from tests.rules import CHOICES, LONG_PROMPT
 
 # Where ONNX Runtime's CUDA libraries are not installed beside it, those that PyTorch brings will do, once loaded.
 pytest.importorskip("torch", reason="needs PyTorch")
@@ -171,7 +171,7 @@ def test_tokens_of_the_demo(bundle: Path, way: Way, demo_audio: Clips) -> None:
     assert report.disagreement <= allowed, f"{report.tokens_differing} of {report.tokens_compared} tokens differ"
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", [*CHOICES, {"prompt": LONG_PROMPT, "max_tokens": 8}], ids=str)
 def test_rules_batches_and_continuous_batching(
     bundle: Path, way: Way, on_cpu: Transcriber, demo_audio: Clips, choice: dict[str, Any]
 ) -> None:

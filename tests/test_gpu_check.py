@@ -263,3 +263,11 @@ def test_tensorrt_for_rtx_is_not_replaced_by_the_other_library(tmp_path: Path, m
     monkeypatch.setattr(ours, "gpu_target", lambda _: "sm86")
     with pytest.raises(BackendError, match="a GPU and tensorrt-rtx are needed"):
         ours.build_engine(tmp_path, "fp16", "cuda", "tensorrt-rtx")
+
+
+@pytest.mark.skipif(gpu_target() is not None, reason="is about a machine without a GPU")
+def test_the_tests_of_all_files_are_found() -> None:
+    """Each of them says why it does not run here."""
+    done = gpu_check._tests("test_the_gpu_says_what_it_is or test_an_engine_for_this_gpu_runs_and_is_marked")
+    assert done["status"] == 0
+    assert "2 skipped" in done["output"]

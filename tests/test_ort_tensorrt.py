@@ -69,7 +69,7 @@ def test_the_bundles_own_adapters_are_within_the_profiles(demo_bundle: Path) -> 
     for file, name in ((ENCODER_FILE, "lora_cv_a0"), (DECODER_STATIC_FILE, "lora_sq_a0")):
         _, usual, largest = profiles(manifest)[file].shapes[name]
         assert (usual[0], usual[1], usual[3]) == (1, 31, 100)
-        assert (largest[0], largest[1], largest[3]) == (8, 31, 100)
+        assert (largest[0], largest[1], largest[3]) == (1, 31, 100)
 
 
 def test_recording_steps_is_refused(demo_bundle: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from das_asr.export.half import write_half
-from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber
+from das_asr.runtime import BackendError, BundleError, OptionError, StepCandidates, Transcriber, contract
 from das_asr.runtime.adapter_sets import AdapterSets
 from das_asr.runtime.adapters import Stack, read_stack
 from das_asr.runtime.backends import BackendOptions, create_backend
@@ -29,13 +29,13 @@ from das_asr.runtime.backends.placement import CPU
 from das_asr.runtime.backends.runner import Runner, Turn, attended_slots
 from das_asr.runtime.backends.static import StaticBackend, adapter_tensors
 from das_asr.runtime.backends.workspace import Workspace
-from das_asr.runtime.decoding import Prompt, decode
+from das_asr.runtime.decoding import DecodedBatch, Prompt, decode
 from das_asr.runtime.job import Job
 from das_asr.runtime.manifest import read_manifest
 from das_asr.runtime.options import DecodingOptions
 from das_asr.runtime.tokenizer import Tokenizer
 from tests.bundles import make_bundle, texts
-from tests.rules import CHOICES
+from tests.rules import CHOICES, LONG_PROMPT
 
 Clips = list[tuple[Path, str, str]]
 OPTIONS = BackendOptions(threads=1)
@@ -57,6 +57,8 @@ CALLS = [
     {"rule": Surest()},
     {"no_speech_threshold": None},
     {"prompt": "the weather today"},
+    {"prompt": LONG_PROMPT, "no_speech_threshold": None},
+    {"prompt": LONG_PROMPT, "max_tokens": 8},
     {"audio_context": "fit"},
     {"max_tokens": 3},
 ]
@@ -125,27 +127,42 @@ def test_one_utterance_and_a_batch(
         assert ours.no_speech_prob == pytest.approx(theirs.no_speech_prob, abs=1e-4)
 
 
-def test_prompts_of_different_length_share_a_batch(bundle: Path, demo_audio: Clips) -> None:
-    """Left-padded as the loop makes them; a static cache holds them without padding."""
+@pytest.mark.parametrize("longest", [1, 5, 32, 96])
+@pytest.mark.parametrize("probed", [False, True])
+def test_prompts_of_different_length_share_a_batch(
+    bundle: Path, longest: int, probed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left-padded as the loop makes them; a static cache holds them without padding, fed in pieces or in one run."""
+    monkeypatch.setattr(contract, "_LONGEST_RUN", longest)
     manifest = read_manifest(bundle)
     tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
-    features = np.random.default_rng(0).normal(
-        0, 1, (3, manifest.dimensions.mels, manifest.dimensions.frames)
-    ).astype(np.float32)  # fmt: skip
-    written = []
+    prompts = [_prompt(tokenizer, text) for text in (None, "so", LONG_PROMPT, None, "the weather today")]
+    lengths = np.array([len(prompt.ids) for prompt in prompts])
+    assert set(lengths > 32) == {False, True}
+    shape = (len(prompts), manifest.dimensions.mels, manifest.dimensions.frames)
+    features = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
+    options = DecodingOptions(language="en", max_tokens=20, no_speech_threshold=0.6 if probed else None)
+    written: list[DecodedBatch] = []
+    runs = []  # of the decoder, beside the steps
     for backend in (create_backend("onnxruntime", bundle, manifest, OPTIONS), static_backend(bundle)):
         adapters = AdapterSets(backend, manifest, bundle).get(None)
-        plan = Job(manifest, tokenizer, adapters, DecodingOptions(language="en", max_tokens=20), 3).plan()
-        (ids, start), (long_ids, long_start) = (tokenizer.prompt("en", "transcribe", text, 60) for text in (None, "so"))
-        prompts = [Prompt(tuple(ids), start), Prompt(tuple(long_ids), long_start), Prompt(tuple(ids), start)]
-        pads = np.array([len(long_ids) - len(ids), 0, len(long_ids) - len(ids)])
-        plan = dataclasses.replace(plan, control=dataclasses.replace(plan.control, first_valid=pads))
+        plan = Job(manifest, tokenizer, adapters, options, len(prompts)).plan()
+        plan = dataclasses.replace(plan, control=dataclasses.replace(plan.control, first_valid=max(lengths) - lengths))
         batch = backend.start(backend.encode(features, adapters.loaded), adapters.loaded, plan.control)
         written.append(decode(batch, prompts, plan))
+        runs.append(len(batch.traffic) - len(written[-1].candidates))
     first, second = written
     assert np.array_equal(first.lengths, second.lengths)
     assert np.array_equal(first.candidates, second.candidates)
     np.testing.assert_allclose(first.logprobs, second.logprobs, atol=1e-4)
+    probe = prompts[2].start + 1
+    parts = (probe, max(lengths) - probe) if probed else (max(lengths),)
+    assert runs == [len(parts) - 1, sum(-(-part // longest) for part in parts) - 1]
+
+
+def _prompt(tokenizer: Tokenizer, text: str | None) -> Prompt:
+    ids, start = tokenizer.prompt("en", "transcribe", text, 48)
+    return Prompt(tuple(ids), start)
 
 
 def test_half_precision(bundle: Path, demo_audio: Clips, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from das_asr.runtime.manifest import EngineEntry, Manifest, read_manifest
 from tests.bundles import make_bundle, texts
 from tests.cuda_stand_in import StandIn
 from tests.engines import make_small_bundle, needs_tensorrt_rtx, no_gpu, options
+from tests.rules import LONG_PROMPT
 
 Clips = list[tuple[Path, str, str]]
 LIBRARY = Library("tensorrt-rtx", str(trt.__version__), trt)
@@ -181,6 +182,14 @@ class Opened:
     programs: tuple[EngineProgram, EngineProgram]
 
 
+CALLS: list[dict[str, Any]] = [
+    {"rule": "hypothesis"},
+    {"rule": "paper"},
+    {"adapters": ("sports",), "audio_context": "fit"},
+    {"prompt": LONG_PROMPT, "max_tokens": 8},
+]
+
+
 def open_engines(
     bundle: Path, folder: Path, *, cuda_graphs: bool, limits: EngineLimits | None = None, gpu: StandIn | None = None
 ) -> Opened:
@@ -219,7 +228,7 @@ def test_engines_write_what_the_graphs_write(
     opened = open_engines(bundle, tmp_path, cuda_graphs=cuda_graphs)
     clips = [path for path, _, _ in demo_audio[:4]]
     with opened.transcriber as transcriber:
-        for choice in ({"rule": "hypothesis"}, {"rule": "paper"}, {"adapters": ("sports",), "audio_context": "fit"}):
+        for choice in CALLS:
             assert texts(transcriber.transcribe_batch(clips, **choice)) == texts(
                 growing.transcribe_batch(clips, **choice)
             )
@@ -242,7 +251,7 @@ def test_engines_on_the_memory_of_a_gpu(
     clips = [path for path, _, _ in demo_audio[:4]]
     opened = open_engines(bundle, tmp_path, cuda_graphs=True, gpu=gpu)
     with opened.transcriber as transcriber:
-        for choice in ({"rule": "hypothesis"}, {"rule": "paper"}, {"adapters": ("sports",), "audio_context": "fit"}):
+        for choice in CALLS:
             assert texts(transcriber.transcribe_batch(clips, **choice)) == texts(
                 growing.transcribe_batch(clips, **choice)
             )

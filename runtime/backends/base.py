@@ -93,7 +93,8 @@ class DecodingBatch(Protocol):
 
         Args:
             position: int64 [B], position of the first new token in each utterance's own history.
-            prompt_last: int64 [B], position whose logits are read while it is not yet behind `position`.
+            prompt_last: int64 [B], position whose logits are read while it is not yet behind `position`; that of the
+                last new token where there are several.
             ids: int64 [B, R, n] new tokens; None feeds the graph's own choice of the run before.
             logits: fetch the logits too, B * R * V * 4 bytes.
         """

@@ -2,6 +2,10 @@
 
 The calls are those of the CUDA runtime, through NVIDIA's `cuda-bindings`; each returns its error first. The current
 device belongs to a thread, hence `enter`.
+
+ONNX Runtime records its CUDA graphs in a mode in which no other thread of the process may allocate, free or wait for an
+event; a call that does fails, and ruins the recording. Threads that have said that they are not concerned may, hence
+`_capture_mode`.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +34,8 @@ _NO_DEVICE = (
     cuda.cudaError_t.cudaErrorInsufficientDriver,
     cuda.cudaError_t.cudaErrorInvalidDevice,
 )
+_RELAXED = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+_STRICT = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 _GIB = 2**30
 
 
@@ -60,12 +66,12 @@ class CudaMemory:
             )
         self.enter()
         self.stream: int = int(check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
-        self._finalizer = weakref.finalize(self, cuda.cudaStreamDestroy, self.stream)
-        self._finalizer.atexit = False  # the driver may be gone by then
+        _give_back(self, cuda.cudaStreamDestroy, self.stream)
 
     def enter(self) -> None:
-        """See `Memory`."""
+        """See `Memory`; what other threads record is none of the calling thread's business."""
         check(cuda.cudaSetDevice(self.device_id))
+        check(cuda.cudaThreadExchangeStreamCaptureMode(_RELAXED))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `Memory`."""
@@ -104,8 +110,8 @@ class CudaMemory:
         """What `work` queues, as a graph that is launched at once; it must have run once before, and not wait."""
         with contextlib.ExitStack() as cleanup:
             # Relaxed would let calls through that break the capture; other threads may go on with theirs.
-            mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            check(cuda.cudaStreamBeginCapture(self.stream, mode))
+            cleanup.enter_context(_capture_mode(_STRICT))
+            check(cuda.cudaStreamBeginCapture(self.stream, _STRICT))
             try:
                 work()
             finally:
@@ -139,7 +145,7 @@ class CudaGraph:
 
     def __init__(self, executable: int, stream: int) -> None:
         self._executable, self._stream = executable, stream
-        weakref.finalize(self, cuda.cudaGraphExecDestroy, executable).atexit = False
+        _give_back(self, cuda.cudaGraphExecDestroy, executable)
 
     def launch(self) -> None:
         """Queues it once more."""
@@ -155,7 +161,7 @@ class _Block:
             cuda.cudaGetLastError()  # else the next call of anybody would report it
             raise refuse(size)
         self.address: int = int(check((error, address)))
-        weakref.finalize(self, cuda.cudaFree, self.address).atexit = False
+        _give_back(self, cuda.cudaFree, self.address)
 
 
 class _CudaMailbox:
@@ -164,7 +170,7 @@ class _CudaMailbox:
     def __init__(self, stream: int, inbox: Bytes, outbox: Bytes) -> None:
         self._stream, self.inbox, self.outbox = stream, inbox, outbox
         self._event: int = int(check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming)))
-        weakref.finalize(self, cuda.cudaEventDestroy, self._event).atexit = False
+        _give_back(self, cuda.cudaEventDestroy, self._event)
 
     def send(self, target: Buffer) -> None:
         """See `Mailbox`."""
@@ -187,8 +193,28 @@ def _pinned(size: int) -> Bytes:
     """Page-locked host memory, freed with the last array that lies in it."""
     address = int(check(cuda.cudaMallocHost(size)))
     memory = (ctypes.c_uint8 * size).from_address(address)
-    weakref.finalize(memory, cuda.cudaFreeHost, address).atexit = False
+    _give_back(memory, cuda.cudaFreeHost, address)
     return np.ctypeslib.as_array(memory)
+
+
+@contextlib.contextmanager
+def _capture_mode(mode: Any) -> Iterator[None]:
+    """What the calling thread may do while it, or any other, records; as it was before when this ends."""
+    previous = check(cuda.cudaThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        check(cuda.cudaThreadExchangeStreamCaptureMode(previous))
+
+
+def _give_back(owner: object, free: Callable[[int], object], handle: int) -> None:
+    """Frees something of CUDA's with its owner, in whatever thread that ends."""
+    weakref.finalize(owner, _free, free, handle).atexit = False  # the driver may be gone by then
+
+
+def _free(free: Callable[[int], object], handle: int) -> None:
+    with _capture_mode(_RELAXED):
+        free(handle)
 
 
 def _describe(error: Any) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from das_asr.runtime.contract import longest_run
 from das_asr.runtime.errors import BackendError, BundleError
 from das_asr.runtime.manifest import Manifest, from_plain
 
@@ -46,7 +47,7 @@ CACHE_FOLDER = "cache"
 ENGINE_RECORD = "engine.json"
 ENCODER_ENGINE = "encoder.engine"
 DECODER_ENGINE = "decoder.engine"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 PREFILL_PROFILE = 0
 STEP_PROFILE = 1
@@ -79,7 +80,7 @@ class EngineRecord:
     target: str  # compute capability, e.g. "sm86"
     precision: str
     limits: EngineLimits
-    longest_prompt: int  # tokens of one prefill
+    longest_run: int  # new tokens of one run of the decoder
     workspace: int  # bytes of scratch memory the builder could plan with; 0 is no limit
     sources: dict[str, str]  # graph files in the bundle -> sha256
 
@@ -198,6 +199,7 @@ def _mismatches(manifest: Manifest, record: EngineRecord, use: EngineUse) -> Ite
         ("utterances", record.limits.max_batch, use.batch),
         ("rows", record.limits.max_rows, use.rows),
         ("as rank", record.limits.max_rank, use.rank),
+        ("new tokens in a run", record.longest_run, longest_run(manifest.dimensions)),
     ):
         if wanted_size > largest:
             yield f"it takes up to {largest} {what}, {wanted_size} are wanted"

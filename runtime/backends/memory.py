@@ -178,7 +178,8 @@ class HostMemory:
     def write(self, target: Buffer, array: NDArray[Any]) -> None:
         """See `Memory`."""
         assert array.nbytes == target.nbytes
-        ctypes.memmove(target.address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        source = np.ascontiguousarray(array)  # a name, for it may be a copy that must outlive the move
+        ctypes.memmove(target.address, source.ctypes.data, array.nbytes)
 
     def zero(self, target: Buffer) -> None:
         """See `Memory`."""

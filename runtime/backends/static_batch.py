@@ -3,12 +3,14 @@
 Runs are queued ahead: while the host looks at a step's outcome, the device works on the next one. If nobody asks for
 that one, because the text has ended or the host feeds ids of its own, it did no harm: the cache slots it wrote are
 written again before they are read. A host that has fed its own ids once will do so again, so no more are queued for it.
+
+A prompt longer than `contract.longest_run` is fed in pieces, each of which sees what those before it left in the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from das_asr.runtime.backends.base import Control, Encoded, LoadedStack, Step, T
 from das_asr.runtime.backends.memory import DeviceLock
 from das_asr.runtime.backends.runner import Lease, Pool, Runner, Turn
 from das_asr.runtime.backends.workspace import CONTROL
+from das_asr.runtime.contract import longest_run
 
 __all__ = ["StaticBatch", "StaticEncoded", "StaticSlots", "StaticStack"]
 
@@ -52,26 +55,41 @@ class StaticBatch:
         self, position: NDArray[np.int64], prompt_last: NDArray[np.int64],
         ids: NDArray[np.int64] | None = None, *, logits: bool = False,
     ) -> Step:  # fmt: skip
-        """Runs the decoder once, and queues the step that will most likely come next."""
+        """Runs the decoder, a long prompt in pieces, and queues the step that will most likely come next."""
         runner = self.lease.runner
         with self._lock:
             turn, self._ahead = self._ahead, None
             if turn is not None and ids is not None:
                 self._guesses = False
             if turn is None or ids is not None or not turn.was_for(position, prompt_last):
-                turn = runner.queue(*_unpadded(position, prompt_last, ids))
+                turn = self._queue(position, prompt_last, ids)
             fetched = runner.logits(turn) if logits else None
             if self._guesses and not logits:
                 self._ahead = runner.queue_next(turn)
-        turn.traffic.to_device.update(self._first_traffic)
-        self._first_traffic = {}
-        self.traffic.append(turn.traffic)
+        self._count(turn)
         return dataclasses.replace(turn.outcome(), logits=fetched)
 
     def keep_rows(self, places: NDArray[np.int64], row_mask: NDArray[np.bool_], stack: LoadedStack) -> None:
         """Never asked for; see `StaticBackend.prunes`."""
         del places, row_mask, stack
         raise AssertionError("rows were to leave, but this backend keeps all of them")
+
+    def _queue(
+        self, position: NDArray[np.int64], prompt_last: NDArray[np.int64], ids: NDArray[np.int64] | None
+    ) -> Turn:
+        """Queues a run, or several; nobody asks for the outcome of any but the last."""
+        runner = self.lease.runner
+        if ids is None:
+            return runner.queue(position, prompt_last, None)
+        *pieces, last = _pieces(position, prompt_last, ids, longest_run(runner.workspace.dims))
+        for piece in pieces:
+            self._count(runner.queue(*piece))
+        return runner.queue(*last)
+
+    def _count(self, turn: Turn) -> None:
+        turn.traffic.to_device.update(self._first_traffic)
+        self._first_traffic = {}
+        self.traffic.append(turn.traffic)
 
 
 class StaticSlots:
@@ -130,14 +148,30 @@ class StaticSlots:
         return self._lease.runner
 
 
-def _unpadded(
-    position: NDArray[np.int64], prompt_last: NDArray[np.int64], ids: NDArray[np.int64] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
+_Piece = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Position [B], prompt_last [B] and ids [B, R, n] of a run."""
+
+
+def _pieces(
+    position: NDArray[np.int64], prompt_last: NDArray[np.int64], ids: NDArray[np.int64], longest: int
+) -> Iterator[_Piece]:
+    """Splits a run into runs of at most so many tokens. Each ends where its own last token is read.
+
+    Prompts are padded on the left, so they end together, in the last piece; others may begin later than the first one.
+    """
+    for first in range(0, ids.shape[2], longest):
+        piece = ids[:, :, first : first + longest]
+        begin = position + first
+        yield _unpadded(begin, np.minimum(prompt_last, begin + piece.shape[2] - 1), piece)
+
+
+def _unpadded(position: NDArray[np.int64], prompt_last: NDArray[np.int64], ids: NDArray[np.int64]) -> _Piece:
     """Moves the padding of prompts from the left, where positions are negative, to the right.
 
-    There it needs no mask and no slot of its own: nothing sees it, and each utterance's next tokens overwrite it.
+    There it needs no mask and no slot of its own: nothing sees it, and each utterance's next tokens overwrite it. An
+    utterance of nothing but padding writes some from slot 0 on, and what it chooses is not asked for.
     """
-    if ids is None or (position >= 0).all():
+    if (position >= 0).all():
         return position, prompt_last, ids
     pads = np.maximum(-position, 0)
     moved = np.stack([np.roll(utterance, -pad, axis=1) for utterance, pad in zip(ids, pads, strict=True)])

@@ -134,8 +134,7 @@ class EngineBound:
             context.set_tensor_address(name, self._tensors[name].address)
             for name in (*program.inputs, *program.outputs)
         ]
-        missing = context.infer_shapes()
-        if not all(done) or missing:
+        if not all(done) or context.infer_shapes():  # which raises where sizes were refused, and names what is missing
             shapes = {name: self._tensors[name].shape for name in program.inputs}
             raise BackendError(
                 f"TensorRT refuses tensors of these shapes: {shapes}. Build the engine again with larger limits: "

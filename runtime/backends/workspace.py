@@ -18,6 +18,7 @@ from das_asr.runtime.contract import (
     cache_names,
     encoder_inputs,
     encoder_outputs,
+    longest_run,
     static_decoder_inputs,
     static_decoder_outputs,
 )
@@ -50,7 +51,7 @@ class Workspace:
     def __init__(self, memory: Memory, dims: Dimensions, dtype: DType, places: int, rows: int, rank: int) -> None:
         self.places, self.rows, self.dims = places, rows, dims
         self.audio = dims.audio_positions
-        sizes = {"batch": places, "rows": rows, "lanes": places * rows, "rank": rank, "new": dims.text_positions}
+        sizes = {"batch": places, "rows": rows, "lanes": places * rows, "rank": rank, "new": longest_run(dims)}
         sizes |= {"audio": dims.audio_positions, "frames": dims.frames}
         specs = {spec.name: spec for spec in _specs(dims, dtype)}
         shapes = {
