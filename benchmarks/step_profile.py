@@ -27,7 +27,7 @@ from das_asr.runtime.errors import OptionError
 __all__ = ["PARTS", "ProfileOptions", "measure_profiles", "part_of", "probe_profile", "render_profiles"]
 
 PARTS = (
-    ("LoRA", r"/lora_|lora_context|/low|/u(/|$)"),
+    ("LoRA", r"/lora_|lora_context|/low|^cross\.\d+/[au](_|/|$)"),
     ("output layer", r"lm_head"),
     ("selection", r"^selection/"),
     ("self-attention", r"/self_attn/"),

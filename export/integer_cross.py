@@ -41,18 +41,17 @@ def round_cross_tensors(model: onnx.ModelProto, dims: Dimensions) -> None:
 
 
 def _use_integer_adapter(model: onnx.ModelProto, layer: int) -> None:
-    """Low-rank values U_i = X A_i: an adapter is rounded when it is used, each of its columns with a scale."""
-    product = node_of(model.graph, f"cross_u{layer}")
-    hidden, adapter = node_of(model.graph, product.input[0]).input[0], product.input[1]  # X before its rows' axis
+    """Low-rank values X A of all rows: adapters are rounded when they are used, each column [D] with a scale."""
+    product = node_of(model.graph, f"cross.{layer}/u")
+    hidden, adapters = product.input  # [B, S, D], [G, D, R*r]
     x = next(node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear" and node.input[0] == hidden)
     n = Nodes(product.name)
     axis = n.constant("inputs", [-2])
-    largest = n.op("ReduceMax", n.op("Abs", adapter, name="a_abs"), axis, name="a_largest", keepdims=1)
+    largest = n.op("ReduceMax", n.op("Abs", adapters, name="a_abs"), axis, name="a_largest", keepdims=1)
     step, zero = n.constant("step", 1 / 127, np.float32), n.constant("zero", 0, np.int8)
-    a_8 = n.op("QuantizeLinear", n.op("Div", adapter, largest, name="a_relative"), step, zero, name="a_8")
-    scales = n.op("Mul", largest, step, name="a_scales")  # [G, R, 1, r]
-    x_8 = n.op("Unsqueeze", x.output[0], n.constant("rows", [1]), name="x_8")
-    scale, middle = x.output[1:]
+    a_8 = n.op("QuantizeLinear", n.op("Div", adapters, largest, name="a_relative"), step, zero, name="a_8")
+    x_8, scale, middle = x.output
+    scales = n.op("Mul", largest, step, name="a_scales")
     n.engine("MatMulIntegerToFloat", x_8, a_8, scale, scales, middle, name="product", output=product.output[0])
     replace(model, [product], n)
 
