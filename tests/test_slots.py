@@ -84,9 +84,12 @@ def padded(array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def check_buffers(buffers: SlotBuffers, kept: list[Kept]) -> None:
+    """What a run would read, wherever each utterance lies."""
     assert buffers.count == len(kept)
     if not kept:
         return
+    buffers.arrange()
+    assert not buffers.arrange()
     rows = max(one.stack.rows for one in kept)
     rank = max(one.stack.tensors["lora_a"].shape[3] for one in kept)
     longest = max(one.cache.shape[3] for one in kept)
@@ -96,7 +99,10 @@ def check_buffers(buffers: SlotBuffers, kept: list[Kept]) -> None:
     assert [cache.shape[3] for cache in buffers.caches] == [longest, longest]
     assert buffers.stack is (kept[0].stack if alike else None)
     assert ("lora_a" in found) != alike
-    for place, one in enumerate(kept):
+    places = {int(number): place for place, number in enumerate(found["rule"])}
+    assert [buffers.lengths[places[one.number]] for one in kept] == [one.cache.shape[3] for one in kept]
+    for one in kept:
+        place = places[one.number]
         unused = longest - one.cache.shape[3]
         assert found["rule"][place] == one.number
         assert found["token_bias"][place, 0] == one.number
@@ -118,7 +124,7 @@ def check_run(buffers: SlotBuffers, kept: list[Kept]) -> None:
     rows = max(one.stack.rows for one in kept)
     fed = buffers.ids(ids)
     assert fed.shape == (len(kept), rows, 1)
-    numbers = np.array([one.number for one in kept])
+    numbers = fed[:, 0, 0]
     told = Step(numbers, fed[:, :, 0], np.zeros((len(kept), rows), np.float32), np.zeros((len(kept), rows, 3)))
     for one, step in zip(kept, buffers.split(told), strict=True):
         assert step.row.tolist() == [one.number]
@@ -143,7 +149,7 @@ def test_slots_hold_what_joined_and_did_not_leave(orders: list[tuple[str, int, i
         if move == "join" and len(kept) < CAPACITY:
             one = make_utterance(number, STACKS[which], length)
             control = make_control(number, one.stack.rows)
-            buffers.join(one.stack, one.cross, control, [one.cache, -one.cache], length)
+            buffers.join(one.stack, one.cross, control, [one.cache.copy(), -one.cache], length)
             kept.append(one)
         elif move == "leave" and which < len(kept):
             buffers.leave(which)
@@ -151,13 +157,16 @@ def test_slots_hold_what_joined_and_did_not_leave(orders: list[tuple[str, int, i
             if which < len(kept):
                 kept[which] = last
         elif move == "run" and kept:
+            check_buffers(buffers, kept)
             check_run(buffers, kept)
             new = np.random.default_rng(number).random((len(kept), max(one.stack.rows for one in kept), 3, 1, 2))
             pairs = zip(buffers.caches, (1, -1), strict=True)
+            places = {int(at): place for place, at in enumerate(buffers.inputs()["rule"])}
             buffers.advance([np.concatenate([cache, sign * new], 3) for cache, sign in pairs])
-            for one, token in zip(kept, new, strict=True):
+            for one in kept:
+                token = new[places[one.number]]
                 one.cache = np.concatenate([one.cache, token[None, : one.stack.rows]], 3)
-        check_buffers(buffers, kept)
+    check_buffers(buffers, kept)
 
 
 def test_adapters_are_read_only_where_they_differ() -> None:
@@ -246,12 +255,12 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     run = OnnxRuntimeSlots.run
 
     def noting(slots: OnnxRuntimeSlots, ids: Any, *, logits: bool = False) -> list[Step]:
-        names = slots._buffers.inputs().keys()
-        copies = [name for name in names if name.startswith("lora_")]
-        assert bool(copies) == bool(slots._buffers._adapters) == (slots._buffers.stack is None)
+        steps = run(slots, ids, logits=logits)
+        copies = [name for name in slots._buffers.inputs() if name.startswith("lora_")]
+        assert bool(copies) == (slots._buffers.stack is None)
         noted.sizes.append(len(ids))
         noted.copied.append(bool(copies))
-        return run(slots, ids, logits=logits)
+        return steps
 
     monkeypatch.setattr(OnnxRuntimeSlots, "run", noting)
     return noted

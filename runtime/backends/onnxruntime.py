@@ -199,7 +199,7 @@ class OnnxRuntimeSlots:
         self._decoder, self._buffers = decoder, buffers
         self._names = [spec.name for spec in decoder_inputs(dims)]
         self._pasts, self._presents = (list(names) for names in zip(*cache_names(dims), strict=True))
-        self._binding: Binding | None = None  # of the live utterances; None where somebody has joined or left since
+        self._binding: Binding | None = None
 
     @property
     def count(self) -> int:
@@ -209,19 +209,17 @@ class OnnxRuntimeSlots:
     def join(
         self, encoded: Encoded, stack: LoadedStack, control: Control, batch: OnnxRuntimeBatch, length: int
     ) -> None:
-        """Copies the utterance's tensors into the buffers."""
+        """Takes the utterance's tensors, which the next run finds in the buffers."""
         cross = {name: tensor.numpy() for name, tensor in encoded.tensors.items()}
-        self._binding = None
         self._buffers.join(stack, cross, control, [value.numpy() for value in batch.cache.values], length)
 
     def leave(self, place: int) -> None:
         """Moves the last utterance into the place."""
-        self._binding = None
         self._buffers.leave(place)
 
     def run(self, ids: Sequence[NDArray[np.int64]], *, logits: bool = False) -> list[Step]:
         """One token for every row of every live utterance."""
-        if self._binding is None:
+        if self._buffers.arrange() or self._binding is None:
             self._binding = self._bound()
         binding, lengths = self._binding, self._buffers.lengths
         binding.feed("ids", self._buffers.ids(ids))

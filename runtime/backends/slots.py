@@ -5,20 +5,25 @@
     steps = slots.run(ids)                               # one token for every live utterance
     slots.leave(0)                                       # the last utterance moves into the place that is free
 
-The live utterances are always the first `count` places of every buffer, so a run reads no more than what is alive. The
+Joining and leaving change a list; tensors are copied before the next run only (`arrange`), when it is known who takes
+whose place. So whoever joins after another has left is copied into the gap and nobody moves, and an utterance that is
+alone is not copied at all: the run reads the tensors it came with. Places of the buffers are not those of the list.
+
+The live utterances always have the first places of every buffer, so a run reads no more than what is alive. The
 self-attention caches are as long as the oldest live utterance; younger ones are padded on the left, which `first_valid`
-hides. Cross-attention tensors, tens of megabytes per utterance, are copied once when it joins, and once more if it is
-moved; the decoder reads views of the buffers.
+hides. Cross-attention tensors, tens of megabytes per utterance, are copied once, and once more if a gap is closed; the
+decoder reads views of the buffers.
 
 While all live utterances have the same stack of adapters, a run takes that stack as it is. As soon as one has another,
-each place gets a copy of its own, and as soon as all are alike again the copies go. A run has as many rows, and
-adapters of as large a rank, as the largest stack among the live utterances; what smaller ones lack is zeros, and
-`row_mask` keeps the rows that they lack out of the selection.
+each place gets a copy of its own. A place keeps its copy for the next utterance with the same stack, also while no run
+needs it. A run has as many rows, and adapters of as large a rank, as the largest stack among the live utterances; what
+smaller ones lack is zeros, and `row_mask` keeps the rows that they lack out of the selection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,49 +48,60 @@ class PaddedPlaces:
         self._buffer: Array | None = None  # [capacity, ...]
         self._shapes: list[tuple[int, ...]] = []  # of each utterance's own part
 
-    def put(self, place: int, array: Array) -> None:
-        """Makes an array [...] the content of a place, the last from now on."""
-        kept = self._shapes[:place]
-        target = self._fitted(kept, [*kept, array.shape], array.dtype)[place, ...]
-        if target.shape != array.shape:
-            target[...] = 0
-        target[tuple(map(slice, array.shape))] = array
-        self._shapes = [*kept, array.shape]
+    def arrange(self, parts: Sequence[int | Array]) -> None:
+        """Gives the first places their content.
 
-    def leave(self, place: int, last: int) -> None:
-        """Frees a place; what is in the last one moves into it."""
-        if place != last:
-            assert self._buffer is not None
-            self._buffer[place], self._shapes[place] = self._buffer[last], self._shapes[last]
-        self._shapes = self._shapes[:last]
-        if self._buffer is not None and last:
-            self._fitted(self._shapes, self._shapes, self._buffer.dtype)
+        Args:
+            parts: of each place: an array [...], or the place that has the content now. Who moves comes from behind
+                all these places.
+        """
+        shapes = [self._shapes[part] if isinstance(part, int) else part.shape for part in parts]
+        old, buffer = self._buffer, self._fitted(shapes, parts)
+        for place, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            if isinstance(part, int):
+                if buffer is old and part == place:
+                    continue
+                assert old is not None
+                part = old[part, ...][tuple(map(slice, shape))]
+            target = buffer[place, ...]
+            if target.shape != shape:
+                target[...] = 0
+            target[tuple(map(slice, shape))] = part
+        self._buffer, self._shapes = buffer, shapes
 
     def view(self, count: int) -> Array:
         """The first places [count, ...] of the buffer."""
         assert self._buffer is not None
         return self._buffer[:count]
 
-    def _fitted(self, kept: list[tuple[int, ...]], wanted: list[tuple[int, ...]], dtype: np.dtype[Any]) -> Array:
-        """The buffer as large as is wanted, with what is kept in it."""
-        shape = (self._capacity, *map(max, zip(*wanted, strict=True)))
-        if self._buffer is None or self._buffer.shape != shape:
-            old, self._buffer = self._buffer, np.zeros(shape, dtype)  # pages that no utterance ever uses take no memory
-            for place, size in enumerate(kept):
-                assert old is not None
-                part = tuple(map(slice, size))
-                self._buffer[place, ...][part] = old[place, ...][part]
-        return self._buffer
+    def _fitted(self, shapes: Sequence[tuple[int, ...]], parts: Sequence[int | Array]) -> Array:
+        """A buffer as large as the shapes: the one there is, or an empty one."""
+        shape = (self._capacity, *map(max, zip(*shapes, strict=True)))
+        if self._buffer is not None and self._buffer.shape == shape:
+            return self._buffer
+        dtypes = [part.dtype for part in parts if not isinstance(part, int)]
+        dtype = dtypes[0] if self._buffer is None else self._buffer.dtype
+        return np.zeros(shape, dtype)  # pages that no utterance ever uses take no memory
+
+
+@dataclass(eq=False)
+class _Utterance:
+    """One that is alive, and what of it is not in the buffers yet."""
+
+    stack: LoadedStack
+    length: int  # cached tokens
+    fixed: Mapping[str, Array]  # cross tensors and control values [1, ...]; empty once they are in the buffers
+    caches: Sequence[Array]  # [1, R, H, length, d]; empty once they are in the common ones
+    adapters: Mapping[str, Array]  # [1, R, ...]; empty while all have the same stack
+    place: int = -1  # in the buffers; none before the first run
 
 
 class SlotBuffers:
     """What the utterances of a set of slots have in memory; the backend binds it and runs the graph.
 
     Attributes:
-        count: live utterances n.
-        lengths: i64 [n], cached tokens of each.
         caches: `past_*` tensors [n, R, H, T, d] in the order of `contract.cache_names`, R the most rows that one of
-            them has, T the largest length.
+            the n live utterances has, T the largest length.
     """
 
     def __init__(self, capacity: int, read_adapters: ReadAdapters) -> None:
@@ -96,18 +112,30 @@ class SlotBuffers:
             read_adapters: gives the decoder's adapter tensors [1, R, ...] of a stack.
         """
         self.capacity = capacity
-        self.count = 0
-        self.lengths = np.zeros(0, np.int64)
         self.caches: list[Array] = []
         self._read_adapters = read_adapters
-        self._stacks: list[LoadedStack] = []
+        self._live: list[_Utterance] = []  # as they joined and left
+        self._order: list[_Utterance] = []  # as they lie in the buffers
+        self._arranged = True
         self._fixed: dict[str, PaddedPlaces] = {}  # cross tensors and control values
-        self._adapters: dict[str, PaddedPlaces] = {}  # empty while all have the same stack
+        self._adapters: dict[str, PaddedPlaces] = {}
+        self._copied: list[LoadedStack] = []  # whose adapters each place has
+
+    @property
+    def count(self) -> int:
+        """Live utterances n."""
+        return len(self._live)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Cached tokens [n] of each, in the order of the buffers."""
+        return np.array([one.length for one in self._order], np.int64)
 
     @property
     def stack(self) -> LoadedStack | None:
         """The stack that all live utterances have, or None where they differ: `inputs` then has their adapters."""
-        return None if self._adapters else self._stacks[0]
+        first = self._live[0].stack
+        return first if all(one.stack is first for one in self._live) else None
 
     def join(
         self, stack: LoadedStack, cross: Mapping[str, Array], control: Control, caches: Sequence[Array], length: int
@@ -118,45 +146,87 @@ class SlotBuffers:
             stack: its adapters.
             cross: its cross tensors [1, ...].
             control: of a batch of one.
-            caches: its caches [1, R, H, length, d], without padding.
+            caches: its caches [1, R, H, length, d], without padding; they may be written to.
             length: tokens in them.
         """
         assert self.count < self.capacity
-        stacks = [*self._stacks, stack]
-        self._copy_adapters(stacks)
-        self._put(self._fixed, self.count, {**cross, **control.feeds()})
-        rows, longest = _most_rows(stacks), max(length, self._longest)
-        if self.count:
-            pairs = zip(self.caches, caches, strict=True)
-            self.caches = [np.concatenate([_padded(a, rows, longest), _padded(b, rows, longest)]) for a, b in pairs]
-        else:
-            self.caches = [cache.copy() for cache in caches]  # theirs live as long as the batch of one
-        self._stacks = stacks
-        self.lengths = np.append(self.lengths, length)
-        self.count += 1
+        new = _Utterance(stack, length, {**cross, **control.feeds()}, caches, {})
+        if any(one.stack is not stack for one in self._live):  # reading may fail, so before anything changes
+            unread = [one for one in (*self._live, new) if not one.adapters]
+            for one, adapters in [(one, self._read_adapters(one.stack)) for one in unread]:
+                one.adapters = adapters
+        self._live.append(new)
+        self._arranged = False
 
     def leave(self, place: int) -> None:
-        """Frees the place of an utterance; the last one moves into it."""
-        last = self.count - 1
-        order = np.arange(last)
-        if place != last:
-            order[place] = last
-        self._stacks = [self._stacks[index] for index in order]
-        if _alike(self._stacks):
-            self._adapters = {}
-        for places in (*self._fixed.values(), *self._adapters.values()):
-            places.leave(place, last)
-        self.count = last
-        unused = self._longest
-        self.lengths = self.lengths[order]
-        unused -= self._longest
-        rows = _most_rows(self._stacks)
-        self.caches = [np.ascontiguousarray(cache[order, :rows, :, unused:]) for cache in self.caches] if last else []
+        """Takes an utterance out; the last one gets its place in the list."""
+        last = self._live.pop()
+        if place < len(self._live):
+            self._live[place] = last
+        self._arranged = False
 
     def advance(self, caches: Sequence[Array]) -> None:
         """Takes the caches that a run wrote, one token longer."""
         self.caches = list(caches)
-        self.lengths = self.lengths + 1
+        for one in self._live:
+            one.length += 1
+
+    # --- Before a run ---
+
+    def arrange(self) -> bool:
+        """Brings the tensors of all who live to the first places; False if that was so since the last call."""
+        if self._arranged:
+            return False
+        order = self._places()
+        self._arrange_caches(order)
+        if len(order) > 1 or not order[0].fixed:
+            for name in self._fixed or order[0].fixed:
+                parts = [one.fixed[name][0] if one.fixed else one.place for one in order]
+                self._fixed.setdefault(name, PaddedPlaces(self.capacity)).arrange(parts)
+            for one in order:
+                one.fixed = {}
+        if self.stack is None:
+            self._copy_adapters(order)
+        for place, one in enumerate(order):
+            one.place, one.caches = place, ()
+        self._order, self._arranged = order, True
+        return True
+
+    def _places(self) -> list[_Utterance]:
+        """Who gets which place: whoever has one of the first keeps it, the others fill the gaps."""
+        count = len(self._live)
+        kept = {one.place: one for one in self._live if 0 <= one.place < count}
+        others = (one for one in self._live if not 0 <= one.place < count)
+        return [kept[place] if place in kept else next(others) for place in range(count)]
+
+    def _arrange_caches(self, order: Sequence[_Utterance]) -> None:
+        rows, longest = max(one.stack.rows for one in order), max(one.length for one in order)
+        if len(order) == 1 and order[0].caches:
+            self.caches = list(order[0].caches)
+            return
+        old = self.caches
+        shapes = [(len(order), rows, *cache.shape[2:3], longest, *cache.shape[4:]) for cache in order[0].caches or old]
+        stay = all(one.caches or one.place == place for place, one in enumerate(order))
+        if not (stay and [cache.shape for cache in old] == shapes):
+            dtype = (order[0].caches or old)[0].dtype
+            self.caches = [np.zeros(shape, dtype) for shape in shapes]
+        for place, one in enumerate(order):
+            if self.caches is old and not one.caches:
+                continue
+            for index, cache in enumerate(self.caches):
+                own = one.caches[index][0] if one.caches else old[index][one.place, : one.stack.rows]
+                cache[place, : one.stack.rows, :, longest - one.length :] = own[:, :, own.shape[2] - one.length :]
+
+    def _copy_adapters(self, order: Sequence[_Utterance]) -> None:
+        """Gives each place the adapters of its utterance, unless it has them from one before."""
+        has = [one.stack is copied for one, copied in zip(order, self._copied, strict=False)]
+        has += [False] * (len(order) - len(has))
+        for name in order[0].adapters:
+            parts = [place if has[place] else one.adapters[name][0] for place, one in enumerate(order)]
+            self._adapters.setdefault(name, PaddedPlaces(self.capacity)).arrange(parts)
+        self._copied = [one.stack for one in order]
+
+    # --- Into a run, and out of it ---
 
     def inputs(self) -> dict[str, Array]:
         """What stays the same until somebody joins or leaves, by the decoder's input names: views [n, ...].
@@ -164,52 +234,19 @@ class SlotBuffers:
         These are cross tensors, control values with the padding that the caches have now, and the adapters unless
         `stack` has them.
         """
-        views = {name: places.view(self.count) for name, places in {**self._fixed, **self._adapters}.items()}
-        return views | {"first_valid": self._longest - self.lengths}
+        adapters = self._adapters if self.stack is None else {}
+        places = adapters if self._order[0].fixed else {**self._fixed, **adapters}
+        views = {name: places.view(self.count) for name, places in places.items()}
+        lengths = self.lengths
+        return {**self._order[0].fixed, **views, "first_valid": lengths.max() - lengths}
 
     def ids(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
         """The ids [n, R, 1] of a run: those of each utterance's own rows, and any for the rows that it lacks."""
-        padded = np.zeros((self.count, _most_rows(self._stacks), 1), np.int64)
-        for place, own in enumerate(ids):
-            padded[place, : len(own)] = own
+        padded = np.zeros((self.count, max(one.stack.rows for one in self._live), 1), np.int64)
+        for one, own in zip(self._live, ids, strict=True):
+            padded[one.place, : len(own)] = own
         return padded
 
     def split(self, step: Step) -> list[Step]:
-        """The outcome of a run for each utterance, with the rows that it has."""
-        return [step.of(place, stack.rows) for place, stack in enumerate(self._stacks)]
-
-    def _copy_adapters(self, stacks: Sequence[LoadedStack]) -> None:
-        """Gives each utterance its own copy of its adapters, where stacks differ."""
-        if _alike(stacks):
-            return
-        first = self.count if self._adapters else 0
-        tensors = [self._read_adapters(stack) for stack in stacks[first:]]  # may fail, so before anything changes
-        for place, arrays in enumerate(tensors, first):
-            self._put(self._adapters, place, arrays)
-
-    def _put(self, buffers: dict[str, PaddedPlaces], place: int, arrays: Mapping[str, Array]) -> None:
-        for name, array in arrays.items():
-            if name not in buffers:
-                buffers[name] = PaddedPlaces(self.capacity)
-            buffers[name].put(place, array[0])
-
-    @property
-    def _longest(self) -> int:
-        return int(self.lengths.max()) if len(self.lengths) else 0
-
-
-def _alike(stacks: Sequence[LoadedStack]) -> bool:
-    return all(stack is stacks[0] for stack in stacks)
-
-
-def _most_rows(stacks: Sequence[LoadedStack]) -> int:
-    return max((stack.rows for stack in stacks), default=0)
-
-
-def _padded(cache: Array, rows: int, length: int) -> Array:
-    """[n, R', H, T', d] -> [n, rows, H, length, d] with zeros, of which no query that counts sees any.
-
-    Rows are added behind the others, cached tokens in front.
-    """
-    missing = (rows - cache.shape[1], length - cache.shape[3])
-    return np.pad(cache, ((0, 0), (0, missing[0]), (0, 0), (missing[1], 0), (0, 0))) if any(missing) else cache
+        """The outcome of a run for each utterance, as they joined and left, with the rows that it has."""
+        return [step.of(one.place, one.stack.rows) for one in self._live]
