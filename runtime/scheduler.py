@@ -179,10 +179,11 @@ class Scheduler:
         try:
             while self._wait(busy=bool(lanes)):
                 self._admit(lanes)
-                began = perf_counter()
+                began, live = perf_counter(), sum(len(lane.live) for lane in lanes.values())
                 for lane in lanes.values():
                     lane.step()
-                self._pace.stepped(perf_counter() - began)
+                if live:
+                    self._pace.stepped(live, perf_counter() - began)
                 lanes = {key: lane for key, lane in lanes.items() if lane.live}
         except BaseException as error:
             self._break(error, lanes)

@@ -3,10 +3,12 @@
 from das_asr.runtime.pace import Pace
 
 
-def pace(admission: float, step: float, steps: int) -> Pace:
+def pace(admission: float, step: float, steps: int, each: float = 0.0) -> Pace:
+    """Of steps that take `step` seconds with one utterance, and `each` more with every other."""
     made = Pace()
     made.admitted(admission)
-    made.stepped(step)
+    for utterances in (1, 2, 3):
+        made.stepped(utterances, step + each * (utterances - 1))
     made.completed(steps)
     return made
 
@@ -48,3 +50,35 @@ def test_the_means_follow_what_is_measured():
     for _ in range(50):
         changing.admitted(0.01)
     assert changing.admits(1, ages=[10])
+
+
+def test_where_sharing_a_step_saves_little_requests_are_served_one_after_the_other():
+    shares = pace(admission=0.01, step=0.01, steps=20)
+    assert shares.admits(1, ages=[0])
+    assert not pace(admission=0.01, step=0.01, steps=20, each=0.008).admits(1, ages=[0])
+    halves = pace(admission=0.01, step=0.01, steps=20, each=0.005)  # 20 * 0.005 saved, 0.01 + 20 * 0.005 lost
+    assert not halves.admits(1, ages=[0])
+    assert halves.admits(2, ages=[0])
+
+
+def test_a_crowd_is_tried_even_if_sharing_seemed_to_save_nothing():
+    hopeless = pace(admission=0.01, step=0.01, steps=20, each=0.02)
+    assert not hopeless.admits(3, ages=[0])
+    assert hopeless.admits(50, ages=[0])
+
+
+def test_steps_with_more_utterances_are_tried_while_nothing_is_known_of_them():
+    made = Pace()
+    made.admitted(0.01)
+    made.stepped(1, 0.01)
+    made.completed(20)
+    assert made.admits(1, ages=[0])
+
+
+def test_a_slow_first_step_is_soon_forgotten():
+    made = pace(admission=0.05, step=0.01, steps=20)
+    made.stepped(4, 0.1)
+    assert not made.admits(1, ages=[0])
+    for _ in range(20):
+        made.stepped(4, 0.01)
+    assert made.admits(1, ages=[0])

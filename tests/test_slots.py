@@ -209,6 +209,44 @@ def test_adapters_that_cannot_be_read_change_nothing() -> None:
     check_buffers(buffers, kept)
 
 
+def address(buffers: SlotBuffers, number: int, name: str) -> int:
+    """Where the tensor of an utterance lies."""
+    found = buffers.inputs()
+    (place,) = np.flatnonzero(found["rule"] == number)
+    return int(found[name][place].ctypes.data)
+
+
+def test_a_lone_utterance_is_read_where_it_is() -> None:
+    buffers, one = SlotBuffers(CAPACITY, read_adapters), make_utterance(7, STACKS[1], 2)
+    buffers.join(one.stack, one.cross, make_control(7, 2), [one.cache], 2)
+    buffers.arrange()
+    assert address(buffers, 7, "cross_k") == one.cross["cross_k"].ctypes.data
+    assert buffers.caches[0] is one.cache
+
+
+def test_who_takes_the_place_of_another_moves_nobody() -> None:
+    buffers, lengths = SlotBuffers(CAPACITY, read_adapters), {1: 3, 2: 4, 3: 2, 4: 1}
+
+    def join(number: int, stack: LoadedStack) -> None:
+        one = make_utterance(number, stack, lengths[number])
+        buffers.join(stack, one.cross, make_control(number, 2), [one.cache], lengths[number])
+
+    for number in (1, 2, 3):
+        join(number, STACKS[number])
+    buffers.arrange()
+    before = {number: address(buffers, number, "cross_u") for number in (1, 2, 3)}
+    caches, adapters = buffers.caches[0], address(buffers, 1, "lora_a")
+    buffers.inputs()["lora_a"][:] = 5  # so that it shows what is copied again
+    buffers.leave(0)
+    join(4, STACKS[1])
+    buffers.arrange()
+    assert address(buffers, 4, "cross_u") == before[1]
+    assert [address(buffers, number, "cross_u") for number in (2, 3)] == [before[2], before[3]]
+    assert buffers.caches[0] is caches
+    assert address(buffers, 4, "lora_a") == adapters
+    assert (buffers.inputs()["lora_a"] == 5).all()  # the place had the adapters of the newcomer
+
+
 # --- Requests ---
 
 
@@ -331,10 +369,17 @@ def test_one_run_serves_all_sets(bundle: Path, demo_audio: Clips, runs: Runs) ->
     assert len(runs.sizes) < steps
 
 
-def test_requests_of_one_set_share_its_tensors(demo: Transcriber, demo_audio: Clips, runs: Runs) -> None:
-    for adapters in (None, ("weather",)):
-        futures = [demo.submit(path, adapters=adapters) for path, _, _ in demo_audio[:6]]
-        assert all(future.result(120).text for future in futures)
+@pytest.mark.parametrize("adapters", [None, ("weather",)])
+def test_requests_of_one_set_share_its_tensors(
+    bundle: Path, demo_audio: Clips, runs: Runs, adapters: tuple[str, ...] | None
+) -> None:
+    gate = Gate()
+    with load(bundle) as transcriber:
+        first = transcriber.submit(demo_audio[0][0], rule=gate, adapters=adapters)
+        assert gate.reached.wait(60)
+        futures = [transcriber.submit(path, adapters=adapters) for path, _, _ in demo_audio[1:6]]
+        gate.opened.set()
+        assert all(future.result(120).text for future in (first, *futures))
     assert max(runs.sizes) > 1
     assert not any(runs.copied)
 
