@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from das_asr.benchmarks.audio import find_audio
 from das_asr.benchmarks.load_options import LoadOptions
 from das_asr.benchmarks.load_peer import check_peer, measure_peer, render_peer
-from das_asr.benchmarks.load_servers import SERVERS, Request, Server, open_server
+from das_asr.benchmarks.load_servers import SERVERS, Request, Server, load_bundle, open_server
 from das_asr.benchmarks.output import plain_options
-from das_asr.runtime import QueueFullError, SchedulerOptions, Transcriber, Transcription
+from das_asr.runtime import QueueFullError, Transcriber, Transcription
 from das_asr.runtime.audio import load_audio
 from das_asr.runtime.manifest import read_manifest
 
@@ -65,7 +65,7 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
     peer = measure_peer(options, spoken, say) if options.peer else None
     runs: list[dict[str, Any]] = []
     for pattern in options.patterns:
-        with _load(options, max(options.max_queue, options.requests)) as transcriber:
+        with load_bundle(options, options.max_batch, max(options.max_queue, options.requests)) as transcriber:
             asked = _requests(options, clips, transcriber.adapters, pattern)
             for name in SERVERS:  # each once without being counted: pages and buffers come with the first requests
                 with open_server(name, transcriber, options.max_batch) as server:
@@ -74,17 +74,12 @@ def measure_load(options: LoadOptions, say: Callable[[str], None]) -> dict[str, 
                 runs.append(_row(name, pattern, None, *_measured(name, transcriber, options, asked, None)))
                 say(f"{pattern}, {name}: {runs[-1]['requests_per_second']:.1f} requests/s at most")
         capacity = runs[-len(SERVERS)]["requests_per_second"]  # of the first server, `continuous`
-        with _load(options, options.max_queue) as transcriber:
+        with load_bundle(options, options.max_batch, options.max_queue) as transcriber:
             for rate, name in product(options.rates, SERVERS):
                 found = _measured(name, transcriber, options, asked, rate * capacity)
                 runs.append(_row(name, pattern, rate, *found))
                 say(f"{pattern}, {name} at {rate:g} of the capacity: p95 {runs[-1]['latency']['p95']:.3f} s")
     return {"options": plain_options(options), "runs": runs, "peer": peer}
-
-
-def _load(options: LoadOptions, max_queue: int) -> Transcriber:
-    scheduling = SchedulerOptions(max_batch=options.max_batch, max_queue=max_queue)
-    return Transcriber.load(options.bundle, threads=options.threads, precision=options.precision, scheduling=scheduling)
 
 
 def _clips(options: LoadOptions) -> list[NDArray[np.float32]]:

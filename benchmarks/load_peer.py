@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from das_asr.benchmarks.bundles import check_base
 from das_asr.benchmarks.figures import ratios
 from das_asr.benchmarks.load_options import LoadOptions
+from das_asr.benchmarks.load_servers import load_bundle
 from das_asr.benchmarks.machine import pinned
 from das_asr.benchmarks.models import SAMPLE_RATE, resolve_model
 from das_asr.benchmarks.peers.engines import ENGINES, Tools, UnavailableError, versions_of
@@ -34,7 +35,7 @@ from das_asr.benchmarks.systems import Work
 from das_asr.benchmarks.timing import Burst
 from das_asr.benchmarks.wer_report import markdown_table
 from das_asr.benchmarks.worker import check_threads
-from das_asr.runtime import SchedulerOptions, Transcriber
+from das_asr.runtime import Transcriber
 from das_asr.runtime.errors import OptionError
 from das_asr.runtime.manifest import read_manifest
 
@@ -162,12 +163,7 @@ def _open_ours(options: LoadOptions, clips: Sequence[Samples], stack: ExitStack)
     """The runtime's runs: a Transcriber for each size of a batch, with and without adapters."""
     runs: dict[_Entry, Run] = {}
     for batch in _batches(options):
-        scheduling = SchedulerOptions(max_batch=batch, max_queue=len(clips))
-        transcriber = stack.enter_context(
-            Transcriber.load(
-                options.bundle, threads=options.threads, precision=options.precision, scheduling=scheduling
-            )
-        )
+        transcriber = stack.enter_context(load_bundle(options, batch, len(clips)))
         for adapters in dict.fromkeys([(), transcriber.adapters]):
             run = functools.partial(_submit_all, transcriber, adapters, _most_tokens(options))
             run(clips[: options.max_batch])

@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from das_asr.runtime import QueueFullError, Transcriber, Transcription
+from das_asr.benchmarks.load_options import LoadOptions
+from das_asr.runtime import QueueFullError, SchedulerOptions, Transcriber, Transcription
 
-__all__ = ["SERVERS", "Request", "Server", "open_server"]
+__all__ = ["SERVERS", "Request", "Server", "load_bundle", "open_server"]
 
 SERVERS = ("continuous", "static", "single")
 """As told in `load.py`."""
@@ -94,6 +95,12 @@ class _Static:
             for pair in fits:
                 self._waiting.remove(pair)
             return fits
+
+
+def load_bundle(options: LoadOptions, max_batch: int, max_queue: int) -> Transcriber:
+    """The bundle that is measured; batches and queue are those of `submit`."""
+    scheduling = SchedulerOptions(max_batch=max_batch, max_queue=max_queue)
+    return Transcriber.load(options.bundle, threads=options.threads, precision=options.precision, scheduling=scheduling)
 
 
 @contextmanager
