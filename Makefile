@@ -18,7 +18,7 @@ DEMO := benchmarks/demo
 BUNDLE := build/demo-bundle
 ADAPTERS := music weather sports
 
-# Needed by the tests for its vocabulary files alone. Its dependencies (triton, numba) are large and unused: --no-deps.
+# For its vocabulary files and as a peer. Of its dependencies the tests need no triton, which is large: --no-deps.
 WHISPER := openai-whisper==20250625
 
 # Two more voices for training the tiny base. Compiled on installing: without a compiler there is everything else.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -311,8 +310,6 @@ def test_every_peer_that_is_installed_writes_what_transformers_writes(
 ) -> None:
     if reason := _missing(name):
         pytest.skip(reason)
-    if name == "openai-whisper" and not importlib.util.find_spec("numba"):
-        pytest.skip("openai-whisper is installed without numba")
     if name == "whisper-cpp":
         pytest.skip("needs a checkout of whisper.cpp")
     # Sizes small, but window and vocabulary those of the published models, to which some peers are tied.
