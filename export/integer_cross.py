@@ -46,10 +46,7 @@ def _use_integer_adapter(model: onnx.ModelProto, layer: int) -> None:
     hidden, adapters = product.input  # [B, S, D], [G, D, R*r]
     x = next(node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear" and node.input[0] == hidden)
     n = Nodes(product.name)
-    axis = n.constant("inputs", [-2])
-    largest = n.op("ReduceMax", n.op("Abs", adapters, name="a_abs"), axis, name="a_largest", keepdims=1)
-    step, zero = n.constant("step", 1 / 127, np.float32), n.constant("zero", 0, np.int8)
-    a_8 = n.op("QuantizeLinear", n.op("Div", adapters, largest, name="a_relative"), step, zero, name="a_8")
+    a_8, largest, step = n.rounded(adapters, -2, 0, np.int8)
     x_8, scale, middle = x.output
     scales = n.op("Mul", largest, step, name="a_scales")
     n.engine("MatMulIntegerToFloat", x_8, a_8, scale, scales, middle, name="product", output=product.output[0])
@@ -95,11 +92,7 @@ def use_integer_cross(model: onnx.ModelProto, dims: Dimensions) -> None:
 def _scores(model: onnx.ModelProto, path: str, layer: int) -> None:
     """Keys times queries, [B, H, S, R*n]: each row's query of a head has a scale of its own."""
     n = Nodes(f"{path}/scores_8")
-    last = n.constant("last", [-1])
-    queries = f"{path}/q_split"  # [B, R*n, H, d]
-    largest = n.op("ReduceMax", n.op("Abs", queries, name="abs"), last, name="largest", keepdims=1)
-    step, zero = n.constant("step", 1 / 127, np.float32), n.constant("zero", 0, np.int8)
-    rounded = n.op("QuantizeLinear", n.op("Div", queries, largest, name="relative"), step, zero, name="q_8")
+    rounded, largest, step = n.rounded(f"{path}/q_split", -1, 0, np.int8)  # [B, R*n, H, d]
     columns = n.op("Transpose", rounded, name="q_t", perm=[0, 2, 3, 1])  # [B, H, d, R*n]
     scale = n.op("Transpose", largest, name="largest_t", perm=[0, 2, 3, 1])  # [B, H, 1, R*n]
     scale = n.op("Mul", scale, f"cross_k_scale{layer}", name="scale")

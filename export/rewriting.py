@@ -43,6 +43,18 @@ class Nodes:
         """The same with a node of ONNX Runtime's own."""
         return self._add(kind, inputs, self.name(name), output, ENGINE, attributes)
 
+    def rounded(self, x: str, axis: int, zero: int, dtype: type) -> tuple[str, str, str]:
+        """X in 8 bits, relative to the largest of each line along an axis: (8 bits, those largest, the step 1 / 127).
+
+        In a line of zeros, such as an adapter of row 0, the quotient is no number; whatever integer becomes of it is
+        multiplied by a largest of 0.
+        """
+        lines = self.constant("line", [axis])
+        largest = self.op("ReduceMax", self.op("Abs", x, name="abs"), lines, name="largest", keepdims=1)
+        step, middle = self.constant("step", 1 / 127, np.float32), self.constant("zero", zero, dtype)
+        relative = self.op("Div", x, largest, name="relative")
+        return self.op("QuantizeLinear", relative, step, middle, name="rounded"), largest, step
+
     def _add(
         self, kind: str, inputs: Sequence[str], name: str, output: str, domain: str, attributes: dict[str, Any]
     ) -> str:

@@ -23,7 +23,7 @@ _SCALES = "/scales"
 def round_by_row(model: onnx.ModelProto, excluded: Collection[str]) -> None:
     """Replaces every product x W [in, out] but those of the excluded nodes; x is rounded once for all its readers."""
     graph = model.graph
-    rounded: dict[str, tuple[str, str]] = {}  # in 8 bits and the largest of its rows, by the name of x
+    rounded: dict[str, tuple[str, str, str]] = {}  # by the name of x
     for node in [node for node in graph.node if node.op_type == "MatMul" and node.name not in excluded]:
         weight = next((item for item in graph.initializer if item.name == node.input[1]), None)
         if weight is None:
@@ -31,21 +31,13 @@ def round_by_row(model: onnx.ModelProto, excluded: Collection[str]) -> None:
         n = Nodes(f"{node.name}_8")
         x = node.input[0]
         if x not in rounded:
-            rounded[x] = _rounded(n, x)
-        x_8, x_largest = rounded[x]
+            rounded[x] = n.rounded(x, -1, _MIDDLE, np.uint8)
+        x_8, x_largest, x_step = rounded[x]
         _round_weight(graph, weight)
-        scales = (n.constant("x_step", 1 / 127, np.float32), weight.name + _SCALES)
-        zero = n.constant("x_middle", _MIDDLE, np.uint8)
+        scales, zero = (x_step, weight.name + _SCALES), n.constant("middle", _MIDDLE, np.uint8)
         product = n.engine("MatMulIntegerToFloat", x_8, weight.name, *scales, zero, name="product")
         n.op("Mul", product, x_largest, name="scaled", output=node.output[0])
         replace(model, [node], n)
-
-
-def _rounded(n: Nodes, x: str) -> tuple[str, str]:
-    """Activations [..., in] in 8 bits with the scale 1 / 127, and what their rows were divided by, [..., 1]."""
-    largest = n.op("ReduceMax", n.op("Abs", x, name="abs"), n.constant("last", [-1]), name="largest", keepdims=1)
-    step, middle = n.constant("step", 1 / 127, np.float32), n.constant("middle", _MIDDLE, np.uint8)
-    return n.op("QuantizeLinear", n.op("Div", x, largest, name="relative"), step, middle, name="8"), largest
 
 
 def _round_weight(graph: onnx.GraphProto, weight: TensorProto) -> None:

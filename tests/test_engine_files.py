@@ -186,7 +186,7 @@ def test_a_name_cannot_lead_out_of_the_bundle(bundle: Path, manifest: Manifest) 
 
 @pytest.mark.gpu
 def test_the_gpu_says_what_it_is() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     major, minor = torch.cuda.get_device_capability(0)
